@@ -1,0 +1,77 @@
+"""Parameter-efficient fine-tuning of pretrained time-series forecasters, as a plug-in of GluonTS.
+
+Pick a pretrained family, pick an adapter, hand over a GluonTS dataset, get back a GluonTS predictor together with an
+honest answer whether tuning beat zero-shot. Names are loaded on first use, so importing the package is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters.base import Adapter
+    from .backbone import Backbone, load_backbone
+    from .backtesting import backtest
+    from .checkpoint import Checkpoint
+    from .estimator import PeftEstimator
+    from .metrics import DTW, DTWPathError
+    from .predictor import PeftPredictor
+    from .registry import get_adapter, get_estimator, list_adapters, list_families
+    from .training import Gate, TuningDidNotHelp
+    from .windows import SeriesStore, Windows
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Adapter": "adapters.base",
+    "Backbone": "backbone",
+    "Checkpoint": "checkpoint",
+    "DTW": "metrics",
+    "DTWPathError": "metrics",
+    "Gate": "training",
+    "PeftEstimator": "estimator",
+    "PeftPredictor": "predictor",
+    "SeriesStore": "windows",
+    "TuningDidNotHelp": "training",
+    "Windows": "windows",
+    "backtest": "backtesting",
+    "get_adapter": "registry",
+    "get_estimator": "registry",
+    "list_adapters": "registry",
+    "list_families": "registry",
+    "load_backbone": "backbone",
+}
+
+__all__ = [
+    "DTW",
+    "Adapter",
+    "Backbone",
+    "Checkpoint",
+    "DTWPathError",
+    "Gate",
+    "PeftEstimator",
+    "PeftPredictor",
+    "SeriesStore",
+    "TuningDidNotHelp",
+    "Windows",
+    "__version__",
+    "backtest",
+    "get_adapter",
+    "get_estimator",
+    "list_adapters",
+    "list_families",
+    "load_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,363 @@
+"""Adapters of HuggingFace PEFT: one generic class, one row a method.
+
+PEFT owns the mathematics and the file format; a row says where a method goes, how fast it trains, and which of its
+defaults we change. Everything else in a method's PEFT configuration is an option under PEFT's own name. Papers:
+
+    lora       W' = W + (alpha/r) B A                               Hu et al. 2021, arXiv 2106.09685
+    dora       W' = m (W + (alpha/r) B A) / |W + (alpha/r) B A|     Liu et al. 2024, arXiv 2402.09353
+    vera       W' = W + diag(b) B diag(d) A, A and B frozen         Kopiczko et al. 2023, arXiv 2310.11454
+    fourierft  W' = W + s Re IDFT2(n coefficients)                  Gao et al. 2024, arXiv 2405.03003
+    ia3        y' = l * y                                           Liu et al. 2022, arXiv 2205.05638
+    layernorm  the weights of normalisation layers                  Zhao et al. 2023, arXiv 2312.11420
+
+Learning rates and the choice of sites are ours, except where the docstring of a row's paper fixes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..registry import unknown
+from .base import RECORD, Adapter, AdapterError, copy_into
+from .dense import make_dense
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+
+__all__ = [
+    "TABLE",
+    "Method",
+    "PeftAdapter",
+    "adalora",
+    "c3a",
+    "dora",
+    "fourierft",
+    "from_peft",
+    "hra",
+    "ia3",
+    "layernorm",
+    "lora",
+    "miss",
+    "oft",
+    "randlora",
+    "vblora",
+    "vera",
+    "waveft",
+]
+
+ATTENTION = ("q", "k", "v", "o")
+
+_OURS = {"peft_type", "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: one method of PEFT. Calling it with options builds the adapter.
+
+    Parameters
+    ----------
+    name
+        Name in the registry.
+    config
+        Name of the configuration class in ``peft``.
+    learning_rate
+        Default rate.
+    sites
+        Kinds of site it goes to by default; the option ``sites`` overrides it.
+    defaults
+        Options whose default differs from PEFT's.
+    divides
+        An option that must divide all widths, and the largest value to try: its default is found from the model.
+    dense
+        Train through ``x (W + dW)`` instead of PEFT's own forward: faster where dW is cheap next to two products.
+    feedforward
+        Further sites that go into ``feedforward_modules`` (IA3 scales the input there).
+    mergeable
+        Whether the change can be folded into the weights.
+    """
+
+    name: str
+    config: str
+    learning_rate: float
+    sites: tuple[str, ...] = ATTENTION
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    divides: tuple[str, int] | None = None
+    dense: bool = False
+    feedforward: tuple[str, ...] = ()
+    mergeable: bool = True
+
+    def __call__(self, **options: Any) -> PeftAdapter:
+        if self.config == "AdaLoraConfig":
+            from .adalora import AdaLora
+
+            return AdaLora(self, options)
+        return PeftAdapter(self, options)
+
+    def config_class(self) -> Any:
+        """Return the configuration class."""
+        import peft
+
+        return getattr(peft, self.config)
+
+    def peft_type(self) -> Any:
+        """Return the method's type in PEFT."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        return next(kind for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if config is self.config_class())
+
+
+# VeRA: projections are drawn again from their seed instead of stored (kilobytes); their digest is stored and checked.
+# FourierFT: PEFT's default starts away from zero; init_weights=True leaves the model unchanged at the start.
+# C3A: PEFT's named initialisations leave the model changed at the start; True means zeros there.
+layernorm = Method("layernorm", "LNTuningConfig", 3e-3, sites=("norm",))
+lora = Method("lora", "LoraConfig", 2e-3, defaults={"r": 2, "lora_alpha": 16})
+dora = Method("dora", "LoraConfig", 2e-3, defaults={"r": 2, "lora_alpha": 16, "use_dora": True})
+vera = Method("vera", "VeraConfig", 1e-2, defaults={"save_projection": False}, dense=True)
+fourierft = Method("fourierft", "FourierFTConfig", 1e-1, defaults={"n_frequency": 50, "init_weights": True}, dense=True)
+ia3 = Method("ia3", "IA3Config", 1e-2, sites=("k", "v"), feedforward=("ff_out",))
+adalora = Method("adalora", "AdaLoraConfig", 5e-3, defaults={"init_r": 4, "target_r": 2, "lora_alpha": 16})
+randlora = Method("randlora", "RandLoraConfig", 1e-3, defaults={"save_projection": False}, dense=True)
+oft = Method("oft", "OFTConfig", 2e-3, divides=("oft_block_size", 16))
+hra = Method("hra", "HRAConfig", 2e-3, defaults={"r": 2})
+miss = Method("miss", "MissConfig", 2e-3, divides=("r", 8))
+c3a = Method("c3a", "C3AConfig", 1e-2, defaults={"init_weights": True}, divides=("block_size", 16), dense=True)
+waveft = Method("waveft", "WaveFTConfig", 1e-2, defaults={"n_frequency": 50}, dense=True)
+vblora = Method("vblora", "VBLoRAConfig", 1e-2, defaults={"r": 2, "num_vectors": 64}, divides=("vector_length", 32))
+
+TABLE = (layernorm, lora, dora, vera, fourierft, ia3, adalora, randlora, oft, hra, miss, c3a, waveft, vblora)
+
+
+class PeftAdapter(Adapter):
+    """Any adapter of PEFT.
+
+    Parameters
+    ----------
+    method
+        Row of the table.
+    options
+        Fields of the method's PEFT configuration, and ``sites``: the kinds of place to attach to. PEFT's own
+        ``target_modules`` names layers of one family and takes the place of ``sites``.
+
+    Raises
+    ------
+    AdapterError
+        If an option is unknown or PEFT refuses its value.
+    """
+
+    def __init__(self, method: Method, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.method = method
+        self.name = method.name
+        self.learning_rate = method.learning_rate
+        self.mergeable = method.mergeable
+        known = {f.name for f in fields(method.config_class())} - _OURS | {"sites"}
+        for option in options:
+            if option not in known:
+                raise AdapterError(f"adapter {self.name!r}: " + unknown("option", option, known))
+        self._tuner: Any = None
+        self._layers: list[Any] = []
+        self._parameters: list[nn.Parameter] = []
+
+    @property
+    def prefix(self) -> str:
+        """What PEFT's tensors of this method start with: two methods of one prefix cannot share a model."""
+        from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+        return str(PEFT_TYPE_TO_PREFIX_MAPPING[self.method.peft_type()])
+
+    def peft_config(self, backbone: Backbone) -> Any:
+        """Return the PEFT configuration for a backbone.
+
+        Raises
+        ------
+        AdapterError
+            If PEFT refuses a value.
+        """
+        method = self.method
+        options = {**method.defaults, **self.options}
+        if "target_modules" in options:
+            targets: Any = options.pop("target_modules")
+            options.pop("sites", None)
+        else:
+            sites = options.pop("sites", method.sites)
+            places = backbone.places((sites,) if isinstance(sites, str) else sites)
+            if method.feedforward and "sites" not in self.options:
+                feedforward = backbone.places(method.feedforward)
+                options.setdefault("feedforward_modules", list(feedforward))
+                places = (*places, *feedforward)
+            targets = list(places)
+            if method.divides is not None:
+                option, limit = method.divides
+                options.setdefault(option, _divisor(backbone, places, limit))
+        try:
+            with _quiet():
+                return method.config_class()(
+                    target_modules=targets, base_model_name_or_path=backbone.source.checkpoint, **options
+                )
+        except (ValueError, TypeError) as error:
+            raise AdapterError(f"adapter {self!r} is refused by PEFT: {error}") from error
+
+    def _attach(self, backbone: Backbone) -> None:
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        network = backbone.network
+        config = self.peft_config(backbone)
+        known = {id(parameter) for parameter in network.parameters()} | {id(module) for module in network.modules()}
+        try:
+            with _quiet():
+                self._tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](network, config, "default")
+        except (ValueError, TypeError, RuntimeError) as error:
+            self._layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and id(m) not in known]
+            self._unwrap(backbone)
+            raise AdapterError(f"adapter {self!r} cannot be attached to {backbone!r}: {error}") from error
+        self._layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and id(m) not in known]
+        self._parameters = [p for p in network.parameters() if id(p) not in known and p.requires_grad]
+        if self.method.dense:
+            for layer in self._layers:
+                make_dense(layer)
+
+    def _detach(self, backbone: Backbone) -> None:
+        self._unwrap(backbone)
+
+    def _fold(self) -> None:
+        for layer in self._layers:
+            with _quiet():
+                layer.merge(safe_merge=False, adapter_names=["default"])
+
+    def _unwrap(self, backbone: Backbone) -> None:
+        """Put the modules that were wrapped back into their places."""
+        mine = {id(layer) for layer in self._layers}
+        parents = [
+            (module, name, child)
+            for module in backbone.network.modules()
+            for name, child in module.named_children()
+            if id(child) in mine
+        ]
+        for module, name, child in parents:
+            setattr(module, name, child.base_layer)
+        if hasattr(backbone.network, "peft_config"):
+            del backbone.network.peft_config
+        self._tuner, self._layers, self._parameters = None, [], []
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        originals = [
+            (layer, layer.base_layer, [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()])
+            for layer in self._layers
+        ]
+        self._fold()
+        try:
+            yield
+        finally:
+            for layer, base, parameters in reversed(originals):
+                if layer.base_layer is not base:
+                    # LayerNorm tuning merges by exchanging the two modules.
+                    layer.unmerge()
+                else:
+                    layer.merged_adapters.clear()
+                    for parameter, original in parameters:
+                        parameter.data.copy_(original)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._parameters)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+
+        # Wrappers of later adapters of a hybrid add `base_layer` to the path; a tensor of an adapter never lies in one.
+        state = {name.replace(".base_layer.", "."): tensor for name, tensor in self._tuner.state_dict().items()}
+        with _quiet():
+            found = get_peft_model_state_dict(self._tuner, state_dict=state, save_embedding_layers=False)
+        return {f"base_model.{name}": tensor for name, tensor in found.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        copy_into(self.state_dict(), state, self)
+
+    def _frozen_digest(self) -> str | None:
+        """Return the SHA-256 of random tensors that are drawn again instead of stored, or None if there are none."""
+        from safetensors.torch import save
+
+        drawn = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in self._tuner.named_buffers()
+            if name.rpartition(".")[0].rpartition(".")[2].startswith(self.prefix)
+        }
+        unique = {tensor.data_ptr(): tensor for _, tensor in sorted(drawn.items())}
+        if not unique:
+            return None
+        return hashlib.sha256(save({str(i): t.clone() for i, t in enumerate(unique.values())})).hexdigest()
+
+    def _write_config(self, folder: Path) -> None:
+        self._tuner.peft_config["default"].save_pretrained(folder)
+
+    def _write_record(self, folder: Path, backbone: Backbone, **more: Any) -> None:
+        super()._write_record(folder, backbone, frozen=self._frozen_digest(), **more)
+
+    def load(self, folder: str | Path) -> Adapter:
+        record = Path(folder) / RECORD
+        if record.is_file():
+            frozen = json.loads(record.read_text()).get("frozen")
+            if frozen is not None and frozen != self._frozen_digest():
+                raise AdapterError(
+                    f"adapter {self!r} in {str(folder)!r} rests on random projections that this version of torch draws"
+                    " differently; load it with the versions in its record, or train it with save_projection=True"
+                )
+        return super().load(folder)
+
+
+def _divisor(backbone: Backbone, places: tuple[str, ...], limit: int) -> int:
+    """Return the largest number up to ``limit`` that divides every width of some linear layers."""
+    widths = [n for place in places for n in backbone.network.get_submodule(place).weight.shape]  # type: ignore
+    common = math.gcd(*widths)
+    return max(n for n in range(1, limit + 1) if common % n == 0)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Drop PEFT's remarks on what is decided here: projections that are drawn again, block sizes, hub look-ups."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def from_peft(folder: Path, backbone: Backbone) -> Adapter:
+    """Build the adapter that a folder written by plain PEFT describes; its weights are not loaded yet.
+
+    Raises
+    ------
+    AdapterError
+        If the configuration cannot be read, or its method is not in the table.
+    """
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise AdapterError(f"adapter_config.json in {str(folder)!r} cannot be read: {error}") from error
+    rows = [method for method in TABLE if type(config) is method.config_class()]
+    if not rows:
+        raise AdapterError(
+            f"adapter in {str(folder)!r} is of type {config.peft_type}, which is not supported; known:"
+            f" {', '.join(method.name for method in TABLE)}"
+        )
+    method = next((row for row in rows if row.name == "dora"), rows[0]) if getattr(config, "use_dora", 0) else rows[0]
+    plain = method.config_class()()
+    options = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.name in _OURS:
+            continue
+        if value != getattr(plain, item.name) or item.name in method.defaults:
+            options[item.name] = sorted(value) if isinstance(value, set) else value
+    return method(**options)

@@ -1,0 +1,332 @@
+"""The contract of an adapter, and how adapters are stored.
+
+An adapter that is saved is a folder: ``adapter_model.safetensors``, ``gluonts_peft.json`` (name, options, base
+checkpoint and fingerprint, versions), and for methods of PEFT also ``adapter_config.json``, so that plain
+``peft.PeftModel.from_pretrained`` opens it.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ..registry import get_adapter
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+
+__all__ = ["Adapter", "AdapterError", "load_adapter", "read_tensors", "versions"]
+
+RECORD = "gluonts_peft.json"
+TENSORS = "adapter_model.safetensors"
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be attached, saved or loaded."""
+
+
+class Adapter(ABC):
+    """Something small that trains on top of a frozen backbone.
+
+    :meth:`attach` freezes everything and makes the adapter's own parameters trainable; at that moment the output of
+    the model is unchanged unless an option says otherwise. One object serves one backbone at a time.
+
+    Attributes
+    ----------
+    name
+        Name in the registry.
+    options
+        Options that differ from the defaults: JSON values only.
+    learning_rate
+        Default rate; methods differ by orders of magnitude. Chosen by us on the bundled checkpoints.
+    mergeable
+        Whether :meth:`merge` can fold the adapter into the weights of the base.
+    """
+
+    name: str
+    learning_rate: float
+    mergeable: bool = True
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = dict(options)
+        self.backbone: Backbone | None = None
+
+    def __repr__(self) -> str:
+        return self.name + (f"({', '.join(f'{k}={v!r}' for k, v in self.options.items())})" if self.options else "")
+
+    @property
+    def spec(self) -> Any:
+        """Name and options, as :func:`gluonts_peft.get_adapter` takes them: a string, mapping or list."""
+        return {"name": self.name, **self.options} if self.options else self.name
+
+    def attach(self, backbone: Backbone) -> Adapter:
+        """Attach to a backbone: freeze the base and make the adapter's parameters trainable.
+
+        Returns
+        -------
+        Adapter
+            Itself.
+
+        Raises
+        ------
+        AdapterError
+            If another adapter is attached, or the family declares this one impossible.
+        """
+        if backbone.adapter is not None:
+            raise AdapterError(
+                f"adapter {self!r} cannot be attached: {backbone.adapter!r} already is; detach it, or attach a list of"
+                " adapters as a hybrid"
+            )
+        if reason := backbone.impossible.get(self.name):
+            raise AdapterError(f"adapter {self.name!r} is impossible on family {backbone.family!r}: {reason}")
+        self._attach(backbone)
+        self._bind(backbone)
+        backbone.adapter = self
+        return self
+
+    def _bind(self, backbone: Backbone) -> None:
+        """Make this adapter's parameters, and nothing else, trainable."""
+        self.backbone = backbone
+        backbone.network.requires_grad_(False)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def detach(self) -> None:
+        """Remove the adapter: the backbone is again exactly what it was before :meth:`attach`."""
+        backbone = self.attached
+        self._detach(backbone)
+        backbone.network.requires_grad_(False)
+        backbone.adapter = self.backbone = None
+
+    def merge(self) -> None:
+        """Fold the adapter into the weights of the base and remove it: same forecasts, no adapter left.
+
+        Raises
+        ------
+        AdapterError
+            If the method cannot be merged.
+        """
+        if not self.mergeable:
+            raise AdapterError(f"adapter {self.name!r} cannot be merged: its effect is not a change of the weights")
+        backbone = self.attached
+        self._merge(backbone)
+        backbone.network.requires_grad_(False)
+        backbone.adapter = self.backbone = None
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Within this context the adapter is folded into the weights, so that forecasting costs what the base costs.
+
+        The weights are restored bit by bit on exit. Adapters that cannot be folded stay as they are.
+        """
+        yield
+
+    @property
+    def attached(self) -> Backbone:
+        """The backbone that the adapter is attached to.
+
+        Raises
+        ------
+        AdapterError
+            If there is none.
+        """
+        if self.backbone is None:
+            raise AdapterError(f"adapter {self!r} is not attached; call attach(backbone) first")
+        return self.backbone
+
+    @abstractmethod
+    def _attach(self, backbone: Backbone) -> None: ...
+
+    @abstractmethod
+    def _detach(self, backbone: Backbone) -> None: ...
+
+    @abstractmethod
+    def _fold(self) -> None:
+        """Change the weights of the base so that the adapter has no effect of its own left."""
+
+    @abstractmethod
+    def _unwrap(self, backbone: Backbone) -> None:
+        """Remove what the adapter has put around the modules of the base."""
+
+    def _merge(self, backbone: Backbone) -> None:
+        self._fold()
+        self._unwrap(backbone)
+
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the trainable tensors: the only source of "what is the adapter"."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what has to be stored, under names that do not depend on what else is attached."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over stored tensors; every one must find its place."""
+
+    def parameter_names(self) -> list[str]:
+        """Return the names of the trainable tensors in the network as it is now."""
+        mine = {id(parameter) for parameter in self.parameters()}
+        return [name for name, parameter in self.attached.network.named_parameters() if id(parameter) in mine]
+
+    def num_parameters(self) -> int:
+        """Return the number of trainable numbers."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def prepare(self, total_steps: int) -> None:
+        """Learn how long the training will be, before its first step."""
+
+    def after_step(self, step: int) -> None:
+        """Act after the backward pass and update of step ``step`` (counted from 0)."""
+
+    def penalty(self) -> Tensor | None:
+        """Return a term to add to the loss, or None."""
+        return None
+
+    def training_state(self) -> dict[str, Tensor]:
+        """Return what :meth:`after_step` needs to go on after an interruption, beyond the parameters."""
+        return {}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`training_state` returned."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter into a folder, which is created if need be. The base weights are not written."""
+        from safetensors.torch import save_file
+
+        backbone = self.attached
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_config(folder)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        self._write_record(folder, backbone)
+
+    def _write_record(self, folder: Path, backbone: Backbone, **more: Any) -> None:
+        record = {"adapter": self.spec, "base": asdict(backbone.source), "versions": versions(), **more}
+        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+    def _write_config(self, folder: Path) -> None:
+        """Write further configuration files; most adapters have none."""
+
+    def load(self, folder: str | Path) -> Adapter:
+        """Take over the weights of a saved adapter of the same kind. The adapter must be attached.
+
+        Raises
+        ------
+        AdapterError
+            If the file is missing or damaged, or its tensors do not fit.
+        """
+        self.load_state_dict(read_tensors(Path(folder) / TENSORS))
+        return self
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises
+    ------
+    AdapterError
+        If it is missing, truncated or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError as error:
+        raise AdapterError(f"{str(path)!r} does not exist; name the folder of a saved adapter") from error
+    except SafetensorError as error:
+        raise AdapterError(f"{str(path)!r} is truncated or damaged: {error}") from error
+    return tensors
+
+
+def copy_into(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], owner: object) -> None:
+    """Copy stored tensors into their places; names and shapes must agree exactly.
+
+    Raises
+    ------
+    AdapterError
+        If a tensor is missing, has no place, or has another shape; the first of each is named.
+    """
+    missing, surplus = sorted(set(targets) - set(state)), sorted(set(state) - set(targets))
+    if missing or surplus:
+        raise AdapterError(
+            f"stored tensors do not fit adapter {owner!r}: {len(missing)} missing"
+            f"{f' (first: {missing[0]})' if missing else ''}, {len(surplus)} without a place"
+            f"{f' (first: {surplus[0]})' if surplus else ''}; was it saved with other options or on another base?"
+        )
+    for name, target in targets.items():
+        if target.shape != state[name].shape:
+            raise AdapterError(
+                f"stored tensor {name!r} has shape {tuple(state[name].shape)}, adapter {owner!r} needs"
+                f" {tuple(target.shape)}; was it saved with other options or on another base?"
+            )
+    for name, target in targets.items():
+        target.data.copy_(state[name])
+
+
+def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = True) -> Adapter:
+    """Attach a saved adapter to a backbone.
+
+    Parameters
+    ----------
+    folder
+        What :meth:`Adapter.save` wrote, or an adapter that plain PEFT saved.
+    backbone
+        Backbone without an adapter.
+    check_base
+        Refuse an adapter that was trained on other base weights. Adapters saved by plain PEFT carry no fingerprint
+        and cannot be checked.
+
+    Raises
+    ------
+    AdapterError
+        If the folder holds no adapter, or the adapter belongs to another base.
+    """
+    folder = Path(folder)
+    record_path = folder / RECORD
+    if record_path.is_file():
+        try:
+            record = json.loads(record_path.read_text())
+            spec, base = record["adapter"], record["base"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise AdapterError(f"{str(record_path)!r} is damaged: {type(error).__name__}: {error}") from error
+        if check_base and base["fingerprint"] != backbone.source.fingerprint:
+            raise AdapterError(
+                f"adapter in {str(folder)!r} was trained on {base['checkpoint']!r} with fingerprint"
+                f" {base['fingerprint'][:12]}…, this backbone is {backbone.source.checkpoint!r} with fingerprint"
+                f" {backbone.source.fingerprint[:12]}…; load the adapter's own base, or pass check_base=False"
+            )
+        adapter = get_adapter(spec)
+    elif (folder / "adapter_config.json").is_file():
+        from .additive import from_peft
+
+        adapter = from_peft(folder, backbone)
+    else:
+        raise AdapterError(f"folder {str(folder)!r} holds neither {RECORD} nor adapter_config.json")
+    adapter.attach(backbone)
+    try:
+        return adapter.load(folder)
+    except BaseException:
+        adapter.detach()
+        raise
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that decides what a saved adapter means."""
+    found = {}
+    for name in ("gluonts-peft", "gluonts", "torch", "peft", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

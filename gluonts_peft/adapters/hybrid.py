@@ -1,0 +1,146 @@
+"""Hybrids: several adapters at once on one backbone, trained together.
+
+Combining methods is an open question of arXiv 2409.11302. Parts attach in the given order; an additive part that
+comes later wraps what an earlier one has put at the same place, so their changes add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .base import Adapter, AdapterError
+
+if TYPE_CHECKING:
+    from ..backbone import Backbone
+
+__all__ = ["Hybrid"]
+
+
+class Hybrid(Adapter):
+    """Several adapters as one.
+
+    Parameters
+    ----------
+    parts
+        At least two adapters of different names.
+
+    Raises
+    ------
+    AdapterError
+        If there are fewer than two, or a name appears twice, or ``none`` or ``full`` is among them.
+    """
+
+    name = "hybrid"
+
+    def __init__(self, parts: Sequence[Adapter]) -> None:
+        super().__init__({})
+        names = [part.name for part in parts]
+        if len(parts) < 2:
+            raise AdapterError(f"a hybrid needs at least two adapters, got {names}; name a single adapter by itself")
+        if len(set(names)) < len(names):
+            raise AdapterError(f"a hybrid takes each adapter once, got {names}")
+        if alone := {"none", "full"} & set(names):
+            raise AdapterError(f"adapter {alone.pop()!r} cannot be a part of a hybrid, got {names}")
+        kinds = [getattr(part, "prefix", part.name) for part in parts]
+        if len(set(kinds)) < len(kinds):
+            raise AdapterError(f"a hybrid takes one variant of a method, got {names}, which share their tensors' names")
+        self.parts = list(parts)
+        # The most sensitive part decides; a rate that is too small only costs time.
+        self.learning_rate = min(part.learning_rate for part in parts)
+        self.mergeable = all(part.mergeable for part in parts)
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.parts))
+
+    @property
+    def spec(self) -> Any:
+        """List of the parts' specs."""
+        return [part.spec for part in self.parts]
+
+    def _attach(self, backbone: Backbone) -> None:
+        done: list[Adapter] = []
+        try:
+            for part in self.parts:
+                if reason := backbone.impossible.get(part.name):
+                    raise AdapterError(f"adapter {part.name!r} is impossible on {backbone.family!r}: {reason}")
+                part._attach(backbone)
+                part.backbone = backbone
+                done.append(part)
+        except BaseException:
+            self._undo(backbone, done)
+            raise
+
+    def _undo(self, backbone: Backbone, parts: Sequence[Adapter]) -> None:
+        for part in reversed(parts):
+            part._detach(backbone)
+            part.backbone = None
+
+    def _detach(self, backbone: Backbone) -> None:
+        self._undo(backbone, self.parts)
+
+    def _fold(self) -> None:
+        # From the inside out, as the forward pass goes.
+        for part in self.parts:
+            part._fold()
+
+    def _unwrap(self, backbone: Backbone) -> None:
+        for part in reversed(self.parts):
+            part._unwrap(backbone)
+            part.backbone = None
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.fused())
+            yield
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for part in self.parts for parameter in part.parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{part.name}/{name}": tensor for part in self.parts for name, tensor in part.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for part in self.parts:
+            start = f"{part.name}/"
+            part.load_state_dict({k[len(start) :]: tensor for k, tensor in state.items() if k.startswith(start)})
+
+    def prepare(self, total_steps: int) -> None:
+        for part in self.parts:
+            part.prepare(total_steps)
+
+    def after_step(self, step: int) -> None:
+        for part in self.parts:
+            part.after_step(step)
+
+    def penalty(self) -> Tensor | None:
+        terms = [term for part in self.parts if (term := part.penalty()) is not None]
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def training_state(self) -> dict[str, Tensor]:
+        return {f"{part.name}/{name}": value for part in self.parts for name, value in part.training_state().items()}
+
+    def load_training_state(self, state: Mapping[str, Tensor]) -> None:
+        for part in self.parts:
+            start = f"{part.name}/"
+            part.load_training_state({k[len(start) :]: value for k, value in state.items() if k.startswith(start)})
+
+    def save(self, folder: str | Path) -> None:
+        """Write each part into a folder of its own name, which opens by itself, and a record of the whole."""
+        backbone = self.attached
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in self.parts:
+            part.save(folder / part.name)
+        self._write_record(folder, backbone)
+
+    def load(self, folder: str | Path) -> Adapter:
+        for part in self.parts:
+            part.load(Path(folder) / part.name)
+        return self

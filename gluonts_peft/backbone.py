@@ -1,0 +1,295 @@
+"""The contract of a model family: a pretrained forecaster that adapters attach to.
+
+A family says *where* its places are (``sites``), never which adapter goes there; an adapter says *what kind of place*
+it wants, never how a family names it. :data:`SITES` is the closed set of kinds that both agree on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .checkpoint import Checkpoint, fingerprint, parse, resolve
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .adapters.base import Adapter
+
+__all__ = ["SITES", "Backbone", "Source", "Trajectories", "load_backbone"]
+
+SITES: dict[str, str] = {
+    "q": "query projections of attention (modules)",
+    "k": "key projections of attention (modules)",
+    "v": "value projections of attention (modules)",
+    "o": "output projections of attention (modules)",
+    "ff_in": "projections into feed-forward layers (modules)",
+    "ff_out": "projections out of feed-forward layers (modules)",
+    "norm": "all normalisation layers (modules)",
+    "attention_norm": "normalisation layers that feed attention (modules)",
+    "embedding": "layers that embed the input (modules)",
+    "head": "layers that make the forecast from the last features (modules)",
+    "bias": "bias tensors (parameters)",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a backbone came from, as recorded with everything that is saved."""
+
+    family: str
+    checkpoint: str
+    kind: str
+    revision: str | None
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Forecasts of a batch.
+
+    Parameters
+    ----------
+    values
+        Shape ``(batch, n, prediction_length)``, float32: ``n`` quantiles or ``n`` sample paths.
+    levels
+        Quantile levels of axis 1, or None for sample paths.
+    """
+
+    values: Tensor
+    levels: tuple[float, ...] | None
+
+
+class Backbone(nn.Module, ABC):
+    """A pretrained forecaster.
+
+    Subclasses set the class attributes, build ``network`` in ``__init__`` and implement :meth:`load_network`,
+    :meth:`sites`, :meth:`loss`, :meth:`forecast` and :meth:`export`.
+
+    Batches are mappings of GluonTS names to tensors: ``past_target`` and ``past_observed_values`` of shape
+    ``(batch, context)``, and for training ``future_target`` and ``future_observed_values`` of shape
+    ``(batch, prediction_length)``. Missing values and padding are 0 where the observed mask is 0.
+
+    Attributes
+    ----------
+    family
+        Name in the registry.
+    network
+        The pretrained module that adapters rewrite.
+    capabilities
+        What the family can do beyond univariate forecasting: a subset of ``"samples"``, ``"quantiles"``,
+        ``"features"``, ``"reconstruct"``, ``"covariates"``, ``"multivariate"``.
+    impossible
+        Adapter name -> reason, for adapters that have no place to attach to in this family.
+    source
+        Base checkpoint, revision and fingerprint.
+    options
+        Options of the family that :meth:`from_checkpoint` was given; JSON values.
+    adapter
+        The adapter that is attached, or None.
+    """
+
+    family: ClassVar[str]
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    impossible: ClassVar[Mapping[str, str]] = {}
+
+    network: nn.Module
+
+    def __init__(self, network: nn.Module, *, prediction_length: int, context_length: int, source: Source) -> None:
+        super().__init__()
+        if prediction_length <= 0:
+            raise ValueError(f"prediction_length {prediction_length} is not positive; name the steps to forecast")
+        if context_length <= 0:
+            raise ValueError(f"context_length {context_length} is not positive; name the steps of history to use")
+        self.network = network.requires_grad_(False).eval()
+        self.prediction_length = prediction_length
+        self.context_length = context_length
+        self.source = source
+        self.options: dict[str, Any] = {}
+        self.adapter: Adapter | None = None
+
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.network.parameters())
+        return f"{type(self).__name__}({self.source.checkpoint!r}, {count:,} parameters, adapter={self.adapter!r})"
+
+    @classmethod
+    def bundled(cls) -> dict[str, Path]:
+        """Return the checkpoints that ship with the plug-in: name -> folder."""
+        return {}
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: str | Path | Checkpoint,
+        *,
+        prediction_length: int,
+        context_length: int | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load the weights and build the backbone.
+
+        Parameters
+        ----------
+        checkpoint
+            Bundled name, local folder in the family's official layout, or hub id with an optional ``@revision``.
+        prediction_length
+            Steps to forecast.
+        context_length
+            Steps of history that the model sees at most; the checkpoint's own length by default.
+        **options
+            Options of the family.
+
+        Raises
+        ------
+        CheckpointError
+            If the checkpoint is missing, damaged or of another family.
+        ValueError
+            If an option is unknown or a length is not positive.
+        """
+        parsed = parse(checkpoint, bundled=cls.bundled())
+        folder, revision = resolve(parsed, bundled=cls.bundled())
+        network = cls.load_network(folder)
+        source = Source(cls.family, parsed.name, parsed.kind, revision, fingerprint(folder))
+        backbone = cls.from_network(
+            network, prediction_length=prediction_length, context_length=context_length, source=source, **options
+        )
+        backbone.options = options
+        return backbone
+
+    @classmethod
+    @abstractmethod
+    def load_network(cls, folder: Path) -> nn.Module:
+        """Build the network from a checkpoint folder in the family's official layout."""
+
+    @classmethod
+    @abstractmethod
+    def from_network(
+        cls,
+        network: nn.Module,
+        *,
+        prediction_length: int,
+        context_length: int | None = None,
+        source: Source,
+        **options: Any,
+    ) -> Self:
+        """Wrap a network that is in memory."""
+
+    @abstractmethod
+    def sites(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the places in ``network``, as it was before any adapter: kind of :data:`SITES` -> names.
+
+        Kinds that the family does not have are absent or empty.
+        """
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the family's own training loss of each window, shape ``(batch,)``."""
+
+    @abstractmethod
+    def forecast(
+        self, batch: Mapping[str, Tensor], *, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Trajectories:
+        """Forecast ``prediction_length`` steps.
+
+        Parameters
+        ----------
+        batch
+            ``past_target`` and ``past_observed_values``.
+        num_samples
+            Sample paths a series, for families that sample.
+        generator
+            Source of randomness, for families that sample.
+        """
+
+    @abstractmethod
+    def export(self, folder: Path) -> None:
+        """Write the network in the family's official layout into an existing folder."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.network.parameters()).device
+
+    def places(self, kinds: Iterable[str]) -> tuple[str, ...]:
+        """Return the names of all sites of some kinds, in the network's order, each once.
+
+        Raises
+        ------
+        ValueError
+            If a kind is unknown, or the family has no site of any of them.
+        """
+        from .registry import unknown
+
+        kinds = list(kinds)
+        sites = self.sites()
+        for kind in kinds:
+            if kind not in SITES:
+                raise ValueError(unknown("site", kind, SITES))
+        found = {name for kind in kinds for name in sites.get(kind, ())}
+        if not found:
+            have = ", ".join(kind for kind in SITES if sites.get(kind))
+            raise ValueError(f"family {self.family!r} has no site of kind {', '.join(kinds)}; it has: {have}")
+        everything = [name for name, _ in self.network.named_modules()] + [
+            name for name, _ in self.network.named_parameters(remove_duplicate=False)
+        ]
+        order = {name: index for index, name in enumerate(everything)}
+        return tuple(sorted(found, key=lambda name: order.get(name, len(order))))
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients; the mode of every module is restored on exit."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def load_backbone(
+    family: str,
+    *,
+    prediction_length: int,
+    checkpoint: str | Path | None = None,
+    context_length: int | None = None,
+    **options: Any,
+) -> Backbone:
+    """Load the backbone of a family by name, for work with the parts alone.
+
+    Parameters
+    ----------
+    family
+        Name in the registry, e.g. ``"chronos"``.
+    prediction_length
+        Steps to forecast.
+    checkpoint
+        Bundled name, folder or hub id; the family's default if None.
+    context_length
+        Steps of history; the checkpoint's own by default.
+    **options
+        Options of the family.
+
+    Raises
+    ------
+    ValueError
+        If the family or the checkpoint is unknown.
+    """
+    from .registry import get_estimator
+
+    estimator = get_estimator(family)
+    backbone: Backbone = estimator.backbone_class.from_checkpoint(
+        checkpoint if checkpoint is not None else estimator.default_checkpoint,
+        prediction_length=prediction_length,
+        context_length=context_length,
+        **options,
+    )
+    return backbone

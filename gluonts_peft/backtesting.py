@@ -1,0 +1,493 @@
+"""
+Rolling-window scores of any GluonTS predictor.
+
+    backtest(predictor, dataset, windows=3)                     one row: the scores over all series and windows
+    backtest(predictor, dataset, windows=3, per_window=True)    one row for each series and window
+
+The numbers are those of ``gluonts.model.evaluation.evaluate_model`` with the same metrics, and so are the names of the
+columns; only where a derived metric of GluonTS divides by zero in a single window, and shows the number that a mask
+hid, there is NaN or infinity here. What GluonTS leaves to luck is checked: series that are too short are set aside
+before splitting (``gluonts.dataset.split`` makes a wrong pair of them), every forecast must belong to its window in
+number, order, start and shape (GluonTS broadcasts one forecast over a batch of labels), and a forecast with NaN is an
+error that names it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from gluonts.core.component import validated
+from gluonts.dataset import DataEntry, Dataset
+from gluonts.dataset.split import TestData, split
+from gluonts.dataset.util import forecast_start
+from gluonts.ev.metrics import (
+    MAE,
+    MAPE,
+    MASE,
+    MSE,
+    Coverage,
+    DerivedMetric,
+    DirectMetric,
+    MeanWeightedSumQuantileLoss,
+    Metric,
+)
+from gluonts.ev.ts_stats import seasonal_error
+from gluonts.itertools import batcher
+from gluonts.model.forecast import Forecast, SampleForecast
+from gluonts.model.predictor import Predictor, RepresentablePredictor
+from gluonts.time_feature.seasonality import get_seasonality
+
+from .metrics import DTW, DTWPathError
+
+__all__ = ["QUANTILE_LEVELS", "SeasonalNaive", "backtest", "default_metrics"]
+
+logger = logging.getLogger(__name__)
+
+QUANTILE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def default_metrics() -> list[Any]:
+    """
+    Metric definitions that :func:`backtest` uses unless told otherwise.
+
+    All point scores are of the median, ``"0.5"``, MSE too, where GluonTS would take the mean: a quantile forecast has
+    no mean, and GluonTS then puts the median in its place, so that the two kinds of forecast would be scored on
+    different things.
+
+    Returns
+    -------
+    list
+        Definitions of ``MSE[0.5]`` (squared unit of the data), ``MAE[0.5]`` (unit of the data), ``MAPE[0.5]`` (a
+        fraction, not percent), ``MASE[0.5]``, ``mean_weighted_sum_quantile_loss`` over ``QUANTILE_LEVELS``,
+        ``coverage[0.1]`` to ``coverage[0.9]``, ``DTW[0.5]`` and ``DTWPathError[0.5]`` (unit of the data).
+    """
+    return [
+        MSE("0.5"),
+        MAE("0.5"),
+        MAPE("0.5"),
+        MASE("0.5"),
+        MeanWeightedSumQuantileLoss(QUANTILE_LEVELS),
+        *(Coverage(q) for q in QUANTILE_LEVELS),
+        DTW("0.5"),
+        DTWPathError("0.5"),
+    ]
+
+
+def backtest(
+    predictor: Predictor,
+    dataset: Dataset,
+    *,
+    windows: int = 1,
+    distance: int | None = None,
+    metrics: Sequence[Any] | None = None,
+    seasonality: int | None = None,
+    per_window: bool = False,
+    num_samples: int | None = None,
+    batch_size: int = 100,
+) -> pd.DataFrame:
+    """
+    Score a predictor on the last windows of every series.
+
+    The last window of a series ends where the series ends, each earlier one starts ``distance`` steps before the next;
+    the history of a window is everything before it. The predictor is asked once, for all windows, and its forecasts
+    are scored as they come.
+
+    Parameters
+    ----------
+    predictor
+        Any GluonTS predictor with ``lead_time`` 0; its ``prediction_length`` is the length of a window in steps.
+    dataset
+        Any GluonTS dataset that can be read more than once: a list of data entries, a ``PandasDataset``, a
+        ``FileDataset``. Targets are ``(time,)``, or ``(dim, time)`` with one ``dim`` for all series; NaN and infinite
+        values are missing.
+    windows
+        Number of windows a series, 1 or more.
+    distance
+        Steps from one window to the next; default: ``prediction_length``, windows that touch and do not overlap.
+    metrics
+        Metric definitions of ``gluonts.ev`` with different names; default: :func:`default_metrics`.
+    seasonality
+        Steps in a season for the seasonal error that scales MASE; default: as GluonTS has it for the frequency.
+    per_window
+        Whether to give each window a row of its own.
+    num_samples
+        Passed on to ``predictor.predict`` if given.
+    batch_size
+        Number of windows scored at a time; a question of memory alone, the numbers do not depend on it.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A column a metric. One row; with ``per_window`` a row a window in the order of the dataset, indexed by
+        ``item_id`` (or the position in the dataset, from 0, where an entry has none) and ``forecast_start``.
+        ``frame.attrs`` says what was scored:
+
+        - ``"series"`` and ``"windows"``: how many were scored;
+        - ``"skipped"``: ``"too_short"`` series, with no observed value before their first window; ``"all_missing"``
+          series, with no observed value in any window; and ``"windows_all_missing"``, windows without observed value
+          in the series that were scored. None of them is forecast; if any are there, a warning is logged as well;
+        - ``"unscaled_windows"``: scored windows whose seasonal error is zero, as the history is constant, or unknown,
+          as no two observed values are a season apart. Scaled metrics such as MASE leave them out of a mean, and are
+          NaN in their rows.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range, the dataset is empty, no series is left to score, targets differ in their
+        dimensions, or the forecasts do not fit the windows in number, start, item or shape, or are not finite.
+    TypeError
+        If the dataset can be read only once or an entry's start is no ``pandas.Period``.
+
+    Notes
+    -----
+    Missing labels count in no metric. MAPE leaves out labels that are zero. ``mean_weighted_sum_quantile_loss`` divides
+    by the sum of absolute labels, over all windows or, with ``per_window``, over one; where that is 0 it is not finite.
+    """
+    _positive("windows", windows)
+    _positive("batch_size", batch_size)
+    for name, value in (("distance", distance), ("seasonality", seasonality), ("num_samples", num_samples)):
+        if value is not None:
+            _positive(name, value)
+    lead_time = getattr(predictor, "lead_time", 0)
+    if lead_time != 0:
+        raise ValueError(
+            f"predictor has lead_time {lead_time}; only 0 can be scored, as windows start right after the history"
+        )
+    definitions = default_metrics() if metrics is None else metrics
+    if not isinstance(definitions, Sequence) or not definitions:
+        raise ValueError(f"metrics is {definitions!r}; expected a list of metric definitions such as [MAE(), DTW()]")
+
+    length = predictor.prediction_length
+    distance = length if distance is None else distance
+    survey = _survey(dataset, length, windows, distance)
+    _, template = split(_Kept(dataset, survey.series), offset=-survey.span)
+    test = _Windows(
+        template.generate_instances(length, windows=windows, distance=distance), survey.windows, survey.items
+    )
+
+    axis = tuple(range(1 if per_window else 0, survey.ndim + 1))
+    evaluators = [metric(axis=axis) for metric in definitions]
+    names = [evaluator.name for evaluator in evaluators]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"metrics has {', '.join(twice)} more than once; each needs a name of its own")
+
+    options = {} if num_samples is None else {"num_samples": num_samples}
+    forecasts = iter(predictor.predict(test.inputs, **options))
+    index: list[tuple[Any, pd.Period]] = []
+    unscaled = 0
+    for batch in batcher(_pair(test, forecasts), batch_size):
+        scales = [_seasonal_error(history, seasonality) for history, _, _ in batch]
+        scale = np.ma.masked_equal(np.ma.masked_invalid(np.stack(scales)), 0.0)
+        unscaled += int(np.ma.getmaskarray(scale).reshape(len(batch), -1).any(axis=1).sum())
+        label = np.ma.masked_invalid(np.stack([label["target"] for _, label, _ in batch]))
+        index.extend((forecast.item_id, forecast.start) for _, _, forecast in batch)
+        data = _Batch(label, scale, [forecast for _, _, forecast in batch])
+        # A score that divides by zero is masked, NaN or infinite as documented; numpy's warnings would add nothing.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for evaluator in evaluators:
+                evaluator.update(data)
+
+    for evaluator in evaluators:
+        _unmask(evaluator)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        columns = {evaluator.name: np.ma.filled(np.ma.atleast_1d(evaluator.get()), np.nan) for evaluator in evaluators}
+    rows = pd.MultiIndex.from_tuples(index, names=["item_id", "forecast_start"]) if per_window else None
+    frame: pd.DataFrame = pd.DataFrame(columns, index=rows)
+    frame.attrs = {
+        "series": sum(survey.series),
+        "windows": len(test),
+        "skipped": survey.skipped,
+        "unscaled_windows": unscaled,
+    }
+    return frame
+
+
+class SeasonalNaive(RepresentablePredictor):  # type: ignore[misc, unused-ignore]
+    """
+    Repeat the last season; with ``season_length=1`` repeat the last value.
+
+    Unlike ``gluonts.model.seasonal_naive.SeasonalNaivePredictor`` it looks for a missing value one season earlier, and
+    earlier still, before it takes the last observed one; it also forecasts multivariate targets and keeps their
+    precision.
+
+    Parameters
+    ----------
+    prediction_length
+        Number of steps to forecast.
+    season_length
+        Number of steps in a season.
+
+    Raises
+    ------
+    ValueError
+        If a length is below 1; while predicting, if a series, or a dimension of it, has no observed value.
+    """
+
+    @validated()  # type: ignore[untyped-decorator, unused-ignore]
+    def __init__(self, prediction_length: int, season_length: int = 1) -> None:
+        _positive("prediction_length", prediction_length)
+        _positive("season_length", season_length)
+        super().__init__(prediction_length=prediction_length)
+        self.season_length = season_length
+
+    def predict_item(self, item: DataEntry) -> SampleForecast:
+        """
+        Forecast one series.
+
+        Parameters
+        ----------
+        item
+            Data entry with ``target`` ``(time,)`` or ``(dim, time)``; NaN and infinite values are missing.
+
+        Returns
+        -------
+        SampleForecast
+            One sample: ``(1, prediction_length)`` or ``(1, prediction_length, dim)``.
+        """
+        target = _as_float(item["target"])
+        rows = np.atleast_2d(np.where(np.isfinite(target), target, np.nan))
+        seen = ~np.isnan(rows)
+        if not seen.any(axis=1).all():
+            raise ValueError(f"item_id {item.get('item_id')!r} has no observed value to repeat; leave the series out")
+        last = rows[np.arange(len(rows)), _last(seen)]
+        # Aligned at the end, column p of (dim, seasons, season_length) is phase p of every season.
+        pad = -rows.shape[1] % self.season_length
+        seasons = np.pad(rows, ((0, 0), (pad, 0)), constant_values=np.nan).reshape(len(rows), -1, self.season_length)
+        latest = _last(np.moveaxis(~np.isnan(seasons), 1, -1))
+        season = np.take_along_axis(seasons, latest[:, np.newaxis], axis=1)[:, 0]
+        season = np.where(np.isnan(season), last[:, np.newaxis], season)
+        future = season[:, np.arange(self.prediction_length) % self.season_length]
+        return SampleForecast(
+            samples=future[:1] if target.ndim == 1 else future.T[np.newaxis],
+            start_date=forecast_start(item),
+            item_id=item.get("item_id"),
+            info=item.get("info"),
+        )
+
+
+def _last(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.intp]:
+    """Position of the last true value on the last axis; of the last one at all where none is true."""
+    last: npt.NDArray[np.intp] = seen.shape[-1] - 1 - np.argmax(seen[..., ::-1], axis=-1)
+    return last
+
+
+def _positive(name: str, value: Any) -> None:
+    try:
+        fits = not isinstance(value, bool) and operator.index(value) >= 1
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, 1 or more")
+
+
+def _as_float(target: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
+    array = np.asarray(target)
+    return array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float64)
+
+
+@dataclass
+class _Survey:
+    span: int
+    ndim: int = 0
+    series: list[bool] = field(default_factory=list)
+    windows: list[bool] = field(default_factory=list)
+    items: list[Any] = field(default_factory=list)
+    skipped: dict[str, int] = field(
+        default_factory=lambda: {"too_short": 0, "all_missing": 0, "windows_all_missing": 0}
+    )
+
+
+def _survey(dataset: Dataset, length: int, windows: int, distance: int) -> _Survey:
+    """Decide which series, and which windows of these, can be scored, before anything is forecast."""
+    if iter(dataset) is dataset:
+        raise TypeError(f"dataset is a {type(dataset).__name__}, which can be read only once; pass list(dataset)")
+    survey = _Survey(span=length + (windows - 1) * distance)
+    shape: tuple[int, ...] | None = None
+    for position, entry in enumerate(dataset):
+        item_id = position if entry.get("item_id") is None else entry["item_id"]
+        name = f"item_id {item_id!r}"
+        target = _as_float(entry["target"])
+        if not isinstance(entry["start"], pd.Period):
+            raise TypeError(
+                f"{name} has start {entry['start']!r}; expected a pandas.Period, which "
+                "gluonts.dataset.common.ListDataset makes of it"
+            )
+        if target.ndim not in (1, 2) or (shape is not None and target.shape[:-1] != shape):
+            raise ValueError(
+                f"{name} has a target of shape {target.shape}; expected (time,) or (dim, time), "
+                "with the same dim for all series"
+            )
+        shape = target.shape[:-1]
+        observed = np.logical_or.reduce(np.atleast_2d(np.isfinite(target)), axis=0)
+        first = len(observed) - survey.span
+        labels = [bool(observed[first + w * distance :][:length].any()) for w in range(windows)] if first > 0 else []
+        too_short = first <= 0 or not observed[:first].any()
+        survey.series.append(not too_short and any(labels))
+        if too_short:
+            survey.skipped["too_short"] += 1
+        elif not any(labels):
+            survey.skipped["all_missing"] += 1
+        else:
+            survey.windows.extend(labels)
+            survey.items.extend([item_id] * labels.count(True))
+            survey.skipped["windows_all_missing"] += labels.count(False)
+
+    if shape is None:
+        raise ValueError("dataset is empty; expected at least one series")
+    survey.ndim = len(shape) + 1
+    counts = (
+        f"{survey.skipped['too_short']} of {len(survey.series)} series have no observed value before their last "
+        f"{survey.span} steps, {survey.skipped['all_missing']} have none in any window"
+    )
+    if not any(survey.series):
+        raise ValueError(f"no series is left to score: {counts}; use longer series, or fewer windows than {windows}")
+    if any(survey.skipped.values()):
+        logger.warning(
+            "backtest skips what it cannot score: %s; of the windows of the others, %d have none",
+            counts,
+            survey.skipped["windows_all_missing"],
+        )
+    return survey
+
+
+@dataclass
+class _Kept:
+    """The chosen series, their targets as arrays, read anew each time."""
+
+    dataset: Dataset
+    keep: list[bool]
+
+    def __len__(self) -> int:
+        return sum(self.keep)
+
+    def __iter__(self) -> Iterator[DataEntry]:
+        for entry, keep in zip(self.dataset, self.keep, strict=True):
+            if keep:
+                yield {**entry, "target": _as_float(entry["target"])}
+
+
+@dataclass
+class _Windows:
+    """The chosen pairs of history and label, and the names of their series."""
+
+    test_data: TestData
+    keep: list[bool]
+    items: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[tuple[DataEntry, DataEntry]]:
+        return itertools.compress(self.test_data, self.keep)
+
+    @property
+    def inputs(self) -> _Inputs:
+        return _Inputs(self)
+
+
+@dataclass
+class _Inputs:
+    windows: _Windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __iter__(self) -> Iterator[DataEntry]:
+        return (history for history, _ in self.windows)
+
+
+@dataclass
+class _CheckedForecast:
+    """A forecast of a known window; what is read from it has the right shape and is finite."""
+
+    forecast: Forecast
+    item_id: Any
+    start: pd.Period
+    shape: tuple[int, ...]
+    read: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name not in self.read:
+            values = np.asarray(self.forecast[name]).T
+            whose = f"forecast of item_id {self.item_id!r} starting {self.start}"
+            if values.shape != self.shape:
+                raise ValueError(
+                    f"{whose} has shape {values.shape} for {name!r}, time last; its label has {self.shape}"
+                )
+            bad = int(np.sum(~np.isfinite(values)))
+            if bad:
+                raise ValueError(
+                    f"{whose} has {bad} of {values.size} values not finite for {name!r}; check the predictor, and "
+                    "whether it stores this quantile and bears missing values in the history"
+                )
+            self.read[name] = values
+        return self.read[name]
+
+
+@dataclass
+class _Batch(Mapping[str, npt.NDArray[Any]]):
+    """What a metric of gluonts.ev reads: arrays ``(batch, [dim,] time)`` by name."""
+
+    label: npt.NDArray[Any]
+    scale: npt.NDArray[Any]
+    forecasts: list[_CheckedForecast]
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        if name == "label":
+            return self.label
+        if name == "seasonal_error":
+            return self.scale
+        return np.stack([forecast[name] for forecast in self.forecasts])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("label", "seasonal_error"))
+
+    def __len__(self) -> int:
+        return 2
+
+
+def _pair(test: _Windows, forecasts: Iterator[Forecast]) -> Iterable[tuple[DataEntry, DataEntry, _CheckedForecast]]:
+    """Put each forecast to its window, and make sure that it is its own."""
+    for position, ((history, label), item_id) in enumerate(zip(test, test.items, strict=True)):
+        forecast = next(forecasts, None)
+        if forecast is None:
+            raise ValueError(f"predictor gave {position} forecasts for {len(test)} windows; expected one for each")
+        start = forecast_start(history)
+        # Forecasts turn any item_id into a string, and need not carry one.
+        known = history.get("item_id") is not None and forecast.item_id is not None
+        if forecast.start_date != start or (known and str(forecast.item_id) != str(item_id)):
+            raise ValueError(
+                f"predictor gave a forecast of item_id {forecast.item_id!r} starting {forecast.start_date} where "
+                f"item_id {item_id!r} starting {start} was due; expected forecasts in the order of the dataset"
+            )
+        yield history, label, _CheckedForecast(forecast, item_id, start, label["target"].shape)
+    if next(forecasts, None) is not None:
+        raise ValueError(
+            f"predictor gave more than {len(test)} forecasts for {len(test)} windows; expected one for each"
+        )
+
+
+def _unmask(evaluator: Metric) -> None:
+    """Turn masked results into NaN: derived metrics of GluonTS drop the mask and show the number that was under it."""
+    if isinstance(evaluator, DerivedMetric):
+        for part in evaluator.metrics.values():
+            _unmask(part)
+    elif isinstance(evaluator, DirectMetric) and isinstance(evaluator.aggregate.partial_result, list):
+        results = evaluator.aggregate.partial_result
+        evaluator.aggregate.partial_result = [np.ma.filled(np.ma.asarray(r, np.float64), np.nan) for r in results]
+
+
+def _seasonal_error(history: DataEntry, seasonality: int | None) -> npt.NDArray[Any]:
+    """Scale of MASE, ``([dim,] 1)``, NaN where the history does not tell."""
+    steps = get_seasonality(history["start"].freqstr) if seasonality is None else seasonality
+    error = seasonal_error(np.ma.masked_invalid(history["target"]), seasonality=steps, time_axis=-1)
+    return np.ma.filled(np.ma.asarray(error, dtype=np.float64), np.nan)

@@ -1,0 +1,184 @@
+"""Where pretrained weights come from, and what they are.
+
+A checkpoint is named in one of three ways: a **bundled** name that a family ships (``"bolt-nano"``), a local
+**folder** in the family's official layout, or a **hub** id with an optional revision (``"amazon/chronos-bolt-tiny"``,
+``"amazon/chronos-bolt-tiny@<revision>"``). Whatever the name, :func:`resolve` ends at a folder of safetensors and JSON.
+
+>>> parse("amazon/chronos-bolt-tiny@4b1b", bundled=["bolt-nano"])
+Checkpoint(kind='hub', name='amazon/chronos-bolt-tiny', revision='4b1b')
+>>> parse("bolt-nano", bundled=["bolt-nano"])
+Checkpoint(kind='bundled', name='bolt-nano', revision=None)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Checkpoint", "CheckpointError", "fingerprint", "parse", "read_config", "resolve"]
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, unsafe or of another family."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The name of a set of pretrained weights.
+
+    Parameters
+    ----------
+    kind
+        ``"bundled"``, ``"folder"`` or ``"hub"``.
+    name
+        Bundled name, path or hub id.
+    revision
+        Hub revision (branch, tag or commit), if given.
+    """
+
+    kind: str
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def parse(name: str | Path | Checkpoint, *, bundled: Iterable[str]) -> Checkpoint:
+    """Tell which kind of checkpoint is meant.
+
+    A bundled name wins, then an existing folder, then the form of a hub id.
+
+    Raises
+    ------
+    CheckpointError
+        If ``name`` is none of the three.
+    """
+    if isinstance(name, Checkpoint):
+        return name
+    bundled = sorted(bundled)
+    text = str(name)
+    if text in bundled:
+        return Checkpoint("bundled", text)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Checkpoint("folder", text)
+    if path.exists():
+        raise CheckpointError(f"checkpoint {text!r} is a file; name the folder that holds config.json and the weights")
+    if isinstance(name, str) and _HUB_ID.fullmatch(text):
+        identity, _, revision = text.partition("@")
+        return Checkpoint("hub", identity, revision or None)
+    raise CheckpointError(
+        f"checkpoint {text!r} is neither a bundled name ({', '.join(bundled) or 'none'}), nor an existing folder,"
+        " nor a hub id such as 'amazon/chronos-bolt-tiny'"
+    )
+
+
+def resolve(checkpoint: Checkpoint, *, bundled: dict[str, Path]) -> tuple[Path, str | None]:
+    """Return the folder of a checkpoint and its exact revision, fetching it from the hub if need be.
+
+    Only JSON and safetensors files are fetched. The hub's own cache and its environment variables apply.
+
+    Raises
+    ------
+    CheckpointError
+        If the bundled name is unknown, the folder is gone, or the hub cannot be reached.
+    """
+    if checkpoint.kind == "bundled":
+        if checkpoint.name not in bundled:
+            raise CheckpointError(
+                f"bundled checkpoint {checkpoint.name!r} is unknown; known: {', '.join(sorted(bundled)) or 'none'}"
+            )
+        return bundled[checkpoint.name], None
+    if checkpoint.kind == "folder":
+        folder = Path(checkpoint.name).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(f"checkpoint folder {checkpoint.name!r} does not exist")
+        return folder, None
+    return _download(checkpoint, sorted(bundled))
+
+
+def _download(checkpoint: Checkpoint, bundled: list[str]) -> tuple[Path, str | None]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(checkpoint.name, revision=checkpoint.revision, allow_patterns=["*.json", "*.safetensors"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint {str(checkpoint)!r} cannot be fetched from the hub ({type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else 'no reason given'}); check the name and the network, name"
+            f" a local folder, or use a bundled checkpoint: {', '.join(bundled) or 'none'}"
+        ) from error
+    # The hub's cache names the snapshot's folder by its commit.
+    return folder, folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else checkpoint.revision
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a checkpoint folder and check that its weights can be opened safely.
+
+    Raises
+    ------
+    CheckpointError
+        If a file is missing, is not what it says, or is cut short, or if there are pickled weights only.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint folder {str(folder)!r} has no config.json")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{str(path)!r} holds a {type(config).__name__}, not a mapping")
+    for weights in weight_files(folder):
+        _check_complete(weights)
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint folder, sorted.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    found = sorted(path for path in folder.glob("*.safetensors") if path.name.startswith("model"))
+    if not found:
+        pickled = sorted(path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")))
+        hint = f"; pickled weights ({', '.join(pickled)}) are not read: convert them to safetensors" if pickled else ""
+        raise CheckpointError(f"checkpoint folder {str(folder)!r} has no model.safetensors{hint}")
+    return found
+
+
+def _check_complete(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            file.keys()
+    except SafetensorError as error:
+        raise CheckpointError(f"{str(path)!r} is truncated or damaged: {error}; fetch it again") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of the weights of a checkpoint folder.
+
+    Any change of a weight changes it; a renamed or moved folder, or another ``config.json``, does not.
+    """
+    digest = hashlib.sha256()
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,237 @@
+"""The GluonTS estimator: one class for all families and adapters."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+from gluonts.core.component import validated
+from gluonts.dataset.common import Dataset
+from gluonts.model.estimator import Estimator
+
+from . import __version__
+from .backbone import Backbone
+from .predictor import PeftPredictor
+from .registry import get_adapter, unknown
+from .training import TrainingOptions, TuningDidNotHelp, fit
+from .windows import SeriesStore, Windows
+
+__all__ = ["PeftEstimator"]
+
+GATES = ("fallback", "raise", "keep")
+
+
+class PeftEstimator(Estimator):  # type: ignore[misc]
+    """Tune a pretrained forecaster with an adapter.
+
+    Families subclass it, name their backbone and default checkpoint, and add nothing else.
+
+    Parameters
+    ----------
+    prediction_length
+        Steps to forecast.
+    context_length
+        Steps of history that the model sees at most; the checkpoint's own length if None.
+    checkpoint
+        Bundled name, local folder in the family's official layout, or hub id with an optional ``@revision``; the
+        family's default if None.
+    adapter
+        A name, a mapping ``{"name": "lora", "r": 2}``, or a list of these for a hybrid. ``"none"`` is zero-shot,
+        ``"full"`` tunes everything. See ``gluonts-peft adapters``.
+    max_epochs, num_batches_per_epoch, batch_size, learning_rate, weight_decay, warmup, gradient_clip_val, patience
+        See :class:`gluonts_peft.training.TrainingOptions`; ``learning_rate`` None means the adapter's own.
+    min_context
+        Fewest steps of history of a training or validation window; ``min(context_length, prediction_length)`` if None.
+    validation_windows
+        Validation windows a series: the last ones, each ``prediction_length`` apart.
+    max_validation_windows
+        Of these, an evenly spaced part is used if there are more.
+    gate
+        What to hand over if the tuned model does not beat zero-shot on the validation windows: ``"fallback"`` warns
+        (:class:`~gluonts_peft.TuningDidNotHelp`) and returns the zero-shot predictor, ``"raise"`` raises it,
+        ``"keep"`` returns the tuned predictor all the same. Both scores are recorded in any case.
+    seed
+        Decides initialisation, windows, dropout and sample paths: same seed, same machine, same numbers.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+    precision
+        A precision of Lightning; ``"auto"`` is bfloat16 where a GPU has it, else float32.
+    folder
+        Where training checkpoints and, for large data, the memory-mapped series go. None writes nothing to disk.
+    backbone_options
+        Options of the family.
+    progress
+        Show a progress bar.
+    trainer_kwargs
+        Further arguments of ``lightning.pytorch.Trainer``.
+    """
+
+    __version__: str = __version__
+    backbone_class: ClassVar[type[Backbone]]
+    default_checkpoint: ClassVar[str]
+
+    @validated()  # type: ignore[untyped-decorator, unused-ignore]
+    def __init__(
+        self,
+        prediction_length: int,
+        context_length: int | None = None,
+        checkpoint: str | None = None,
+        adapter: Any = "lora",
+        max_epochs: int = 10,
+        num_batches_per_epoch: int = 50,
+        batch_size: int = 32,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        warmup: float = 0.1,
+        gradient_clip_val: float = 1.0,
+        patience: int = 5,
+        min_context: int | None = None,
+        validation_windows: int = 1,
+        max_validation_windows: int = 1024,
+        gate: str = "fallback",
+        seed: int = 0,
+        device: str = "auto",
+        precision: str = "auto",
+        folder: str | None = None,
+        backbone_options: dict | None = None,  # type: ignore[type-arg]
+        progress: bool = True,
+        trainer_kwargs: dict | None = None,  # type: ignore[type-arg]
+    ) -> None:
+        super().__init__()
+        if prediction_length <= 0:
+            raise ValueError(f"prediction_length {prediction_length} is not positive; name the steps to forecast")
+        for name, value in (("context_length", context_length), ("min_context", min_context)):
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} {value} is not positive")
+        if gate not in GATES:
+            raise ValueError(unknown("gate", gate, GATES))
+        self.prediction_length = prediction_length
+        self.context_length = context_length
+        self.checkpoint = self.default_checkpoint if checkpoint is None else checkpoint
+        self.adapter = get_adapter(adapter).spec
+        self.options = TrainingOptions(
+            max_epochs=max_epochs,
+            num_batches_per_epoch=num_batches_per_epoch,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            gradient_clip_val=gradient_clip_val,
+            patience=patience,
+            seed=seed,
+            device=device,
+            precision=precision,
+        )
+        self.min_context = min_context
+        self.validation_windows = validation_windows
+        self.max_validation_windows = max_validation_windows
+        self.gate = gate
+        self.folder = None if folder is None else Path(folder)
+        self.backbone_options = dict(backbone_options or {})
+        self.progress = progress
+        self.trainer_kwargs = dict(trainer_kwargs or {})
+
+    @classmethod
+    def from_hyperparameters(cls, **hyperparameters: Any) -> PeftEstimator:
+        """Build an estimator from a mapping; unlike GluonTS's own, unknown names are an error.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown or a value cannot be used.
+        """
+        known = [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
+        for name in hyperparameters:
+            if name not in known:
+                raise ValueError(unknown("hyperparameter", name, known))
+        return cls(**hyperparameters)
+
+    def load_backbone(self) -> Backbone:
+        """Load the pretrained model, without an adapter."""
+        return self.backbone_class.from_checkpoint(
+            self.checkpoint,
+            prediction_length=self.prediction_length,
+            context_length=self.context_length,
+            **self.backbone_options,
+        )
+
+    def train(
+        self,
+        training_data: Dataset,
+        validation_data: Dataset | None = None,
+        ckpt_path: str | None = None,
+    ) -> PeftPredictor:
+        """Tune on a GluonTS dataset.
+
+        Parameters
+        ----------
+        training_data
+            Where training windows are drawn from.
+        validation_data
+            Its last windows decide the best epoch and the zero-shot gate. If None, the last ``prediction_length``
+            steps of each training series are held out for this and not trained on.
+        ckpt_path
+            Training checkpoint to go on from, or ``"last"``: that of ``folder`` if there is one.
+
+        Returns
+        -------
+        PeftPredictor
+            With ``fit``: the gate's scores, epochs, seconds and losses.
+
+        Raises
+        ------
+        ValueError
+            If the data, a checkpoint or an option cannot be used; the message says what and why.
+        TuningDidNotHelp
+            If ``gate="raise"`` and tuning did not beat zero-shot.
+        """
+        backbone = self.load_backbone()
+        adapter = get_adapter(self.adapter)
+        store = self._store(training_data, "training")
+        held_out = self.prediction_length if validation_data is None else 0
+        lengths = {
+            "context_length": backbone.context_length,
+            "prediction_length": self.prediction_length,
+            "min_context": self.min_context or min(backbone.context_length, self.prediction_length),
+            "seed": self.options.seed,
+        }
+        windows = Windows(store, holdout=held_out, **lengths)
+        held_out_store = store if validation_data is None else self._store(validation_data, "validation")
+        validation = list(
+            Windows(held_out_store, **lengths).last(
+                windows=self.validation_windows, max_windows=self.max_validation_windows
+            )
+        )
+        result = fit(
+            backbone,
+            adapter,
+            windows,
+            validation,
+            self.options,
+            folder=self.folder,
+            ckpt_path=ckpt_path,
+            progress=self.progress,
+            trainer_kwargs=self.trainer_kwargs,
+        )
+        if not result.gate.passed and adapter.num_parameters():
+            message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: {result.gate}"
+            if self.gate == "raise":
+                raise TuningDidNotHelp(message)
+            if self.gate == "fallback":
+                warnings.warn(
+                    TuningDidNotHelp(f"{message}; the zero-shot predictor is returned (gate='keep' keeps the tuned)"),
+                    stacklevel=2,
+                )
+                adapter.detach()
+        return PeftPredictor(backbone, fit=result, seed=self.options.seed, device=self.options.device)
+
+    def _store(self, dataset: Dataset, name: str) -> SeriesStore:
+        if self.folder is None:
+            return SeriesStore.from_dataset(dataset)
+        folder = self.folder / "series" / name
+        # What an earlier run left there may be of other data.
+        shutil.rmtree(folder, ignore_errors=True)
+        return SeriesStore.from_dataset(dataset, folder)

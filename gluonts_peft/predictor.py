@@ -1,0 +1,315 @@
+"""The GluonTS predictor: forecasting, storing, exchanging and merging of tuned models."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from gluonts.dataset.common import Dataset
+from gluonts.dataset.util import forecast_start
+from gluonts.model.forecast import Forecast, QuantileForecast, SampleForecast
+from gluonts.model.predictor import Predictor
+
+from . import __version__
+from .adapters.base import AdapterError, load_adapter, versions
+from .backbone import Backbone, Trajectories
+from .registry import families, get_adapter
+from .training import Fit, Gate, resolve_device, to_device
+from .windows import context_batches
+
+__all__ = ["PeftPredictor", "PredictorError"]
+
+CONFIG = "predictor.json"
+ADAPTER = "adapter"
+
+
+class PredictorError(ValueError):
+    """A predictor cannot be stored or loaded."""
+
+
+class PeftPredictor(Predictor):  # type: ignore[misc]
+    """Forecast with a backbone and the adapter that is attached to it, if any.
+
+    Parameters
+    ----------
+    backbone
+        Pretrained model, with or without an adapter.
+    fit
+        What training found out.
+    batch_size
+        Series at a time.
+    seed
+        Seed of sample paths: each call of :meth:`predict` draws the same ones.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+    """
+
+    __version__: str = __version__
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        fit: Fit | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        device: str = "auto",
+    ) -> None:
+        super().__init__(prediction_length=backbone.prediction_length)
+        self.backbone = backbone.to(resolve_device(device))
+        self.fit = fit
+        self.batch_size = batch_size
+        self.seed = seed
+        self.merged = False
+
+    def __repr__(self) -> str:
+        return f"PeftPredictor({self.backbone!r}, prediction_length={self.prediction_length})"
+
+    @property
+    def gate(self) -> Gate | None:
+        """Scores of zero-shot and tuned on the validation windows, if this predictor was trained."""
+        return None if self.fit is None else self.fit.gate
+
+    def predict(self, dataset: Dataset, num_samples: int | None = None) -> Iterator[Forecast]:
+        """Forecast the steps after the end of each series, lazily and in order.
+
+        Parameters
+        ----------
+        dataset
+            GluonTS dataset.
+        num_samples
+            Sample paths a series, for families that sample; quantile families have no use for it.
+
+        Yields
+        ------
+        QuantileForecast or SampleForecast
+            As the family forecasts.
+
+        Raises
+        ------
+        ValueError
+            If a series has no observed value in its context, or infinities; the message names it.
+        """
+        backbone = self.backbone
+        generator = torch.Generator(device=backbone.device).manual_seed(self.seed)
+        fused = backbone.adapter.fused if backbone.adapter is not None else None
+        batches = context_batches(dataset, context_length=backbone.context_length, batch_size=self.batch_size)
+        position = 0
+        for entries, batch in batches:
+            for offset, seen in enumerate(batch["past_observed_values"].any(1)):
+                if not seen:
+                    name = entries[offset].get("item_id", f"at position {position + offset}")
+                    raise ValueError(
+                        f"series {name!r} has no observed value in its last {backbone.context_length} steps: there is"
+                        " nothing to forecast from; leave it out"
+                    )
+            position += len(entries)
+            # Folded for a batch only: between two batches the caller may do anything with the model.
+            with backbone.inference():
+                tensors = to_device(batch, backbone.device)
+                if fused is None:
+                    result = backbone.forecast(tensors, num_samples=num_samples, generator=generator)
+                else:
+                    with fused():
+                        result = backbone.forecast(tensors, num_samples=num_samples, generator=generator)
+            yield from _forecasts(entries, result)
+
+    def serialize(self, path: Path) -> None:
+        """Write the predictor into a folder: JSON and the adapter's tensors, never the base weights.
+
+        Parameters
+        ----------
+        path
+            Folder; created if need be. It must not hold a predictor already.
+
+        Raises
+        ------
+        PredictorError
+            If the folder is in use, or the adapter was merged into the base weights.
+        OSError
+            If the disk is full or the folder cannot be written; nothing is left behind.
+        """
+        path = Path(path)
+        if self.merged:
+            raise PredictorError(
+                "a merged predictor has no adapter to store; write the whole model with export(folder)"
+            )
+        if (path / "gluonts-config.json").exists():
+            raise PredictorError(f"folder {str(path)!r} already holds a predictor; name another folder")
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as temporary:
+            partial = Path(temporary)
+            adapter = self.backbone.adapter
+            if adapter is not None and adapter.num_parameters():
+                adapter.save(partial / ADAPTER)
+            (partial / CONFIG).write_text(json.dumps(self._config(), indent=1) + "\n")
+            super().serialize(partial)
+            # The file that makes the folder a predictor comes last.
+            for name in (ADAPTER, CONFIG, "gluonts-config.json"):
+                if (partial / name).exists():
+                    os.replace(partial / name, path / name)
+
+    def _config(self) -> dict[str, Any]:
+        adapter = self.backbone.adapter
+        return {
+            "family": self.backbone.family,
+            "base": asdict(self.backbone.source),
+            "prediction_length": self.prediction_length,
+            "context_length": self.backbone.context_length,
+            "backbone_options": self.backbone.options,
+            "adapter": None if adapter is None or not adapter.num_parameters() else adapter.spec,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "fit": None if self.fit is None else asdict(self.fit),
+            "versions": versions(),
+        }
+
+    @classmethod
+    def deserialize(
+        cls, path: Path, device: str = "auto", checkpoint: str | Path | None = None, **unknown_options: Any
+    ) -> PeftPredictor:
+        """Load what :meth:`serialize` wrote; ``gluonts.model.Predictor.deserialize`` ends here too.
+
+        Parameters
+        ----------
+        path
+            Folder.
+        device
+            ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        checkpoint
+            Where the base weights lie now, if not where they were. They must be the same weights.
+
+        Raises
+        ------
+        PredictorError
+            If the folder is damaged, or the base weights are not those that the adapter was trained on.
+        """
+        if unknown_options:
+            raise TypeError(
+                f"deserialize() has no option {next(iter(unknown_options))!r}; it has device and checkpoint"
+            )
+        path = Path(path)
+        file = path / CONFIG
+        try:
+            config = json.loads(file.read_text())
+            base = config["base"]
+            family, adapter = config["family"], config["adapter"]
+            where = checkpoint if checkpoint is not None else _where(base)
+            lengths = {name: config[name] for name in ("prediction_length", "context_length")}
+            settings = {name: config[name] for name in ("batch_size", "seed")}
+            fit = None if config["fit"] is None else Fit(**{**config["fit"], "gate": Gate(**config["fit"]["gate"])})
+        except FileNotFoundError as error:
+            raise PredictorError(f"folder {str(path)!r} holds no predictor: it has no {CONFIG}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+        backbone_class: type[Backbone] = families.get(family).backbone_class
+        backbone = backbone_class.from_checkpoint(where, **lengths, **config.get("backbone_options", {}))
+        if backbone.source.fingerprint != base["fingerprint"]:
+            raise PredictorError(
+                f"predictor in {str(path)!r} rests on base weights with fingerprint {base['fingerprint'][:12]}…, but"
+                f" {str(where)!r} has {backbone.source.fingerprint[:12]}…; name the right weights with checkpoint=..."
+            )
+        if adapter is not None:
+            load_adapter(path / ADAPTER, backbone)
+        return cls(backbone, fit=fit, device=device, **settings)
+
+    def swap(self, adapter: str | Path) -> None:
+        """Exchange the adapter in place; the base weights stay in memory.
+
+        Parameters
+        ----------
+        adapter
+            Folder of a saved adapter, or of a saved predictor, on the same base.
+
+        Raises
+        ------
+        AdapterError
+            If it does not fit; the adapter that was attached stays.
+        """
+        if self.merged:
+            raise AdapterError("a merged predictor cannot exchange its adapter: it is part of the weights now")
+        folder = Path(adapter)
+        if (folder / CONFIG).is_file():
+            folder = folder / ADAPTER
+        old = self.backbone.adapter
+        if old is None:
+            load_adapter(folder, self.backbone)
+            return
+        spec, state = old.spec, {name: tensor.detach().clone() for name, tensor in old.state_dict().items()}
+        old.detach()
+        try:
+            load_adapter(folder, self.backbone)
+        except BaseException:
+            get_adapter(spec).attach(self.backbone).load_state_dict(state)
+            raise
+
+    def merge(self) -> None:
+        """Fold the adapter into the base weights, in place: same forecasts, no adapter left.
+
+        Raises
+        ------
+        AdapterError
+            If the method cannot be merged.
+        """
+        if self.backbone.adapter is not None:
+            self.merged = self.backbone.adapter.num_parameters() > 0 or self.merged
+            self.backbone.adapter.merge()
+
+    def export(self, folder: str | Path) -> None:
+        """Write base and adapter, merged, in the family's own layout, for use without this project.
+
+        Parameters
+        ----------
+        folder
+            New or empty folder.
+
+        Raises
+        ------
+        PredictorError
+            If the folder is in use.
+        AdapterError
+            If the method cannot be merged.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()):
+            raise PredictorError(f"folder {str(folder)!r} is not empty; name a new one")
+        backbone = copy.deepcopy(self.backbone)
+        if backbone.adapter is not None:
+            backbone.adapter.merge()
+        existed = folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            backbone.export(folder)
+        except BaseException:
+            shutil.rmtree(folder)
+            if existed:
+                folder.mkdir()
+            raise
+
+
+def _where(base: Mapping[str, Any]) -> str:
+    """Return the name under which the base weights were found when they were used."""
+    return f"{base['checkpoint']}@{base['revision']}" if base.get("revision") else str(base["checkpoint"])
+
+
+def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories) -> Iterator[Forecast]:
+    values = result.values.float().cpu().numpy()
+    for entry, own in zip(entries, values, strict=True):
+        common = {
+            "start_date": forecast_start(entry),
+            "item_id": entry.get("item_id"),
+            "info": entry.get("info"),
+        }
+        if result.levels is None:
+            yield SampleForecast(samples=own, **common)
+        else:
+            # GluonTS finds a level only under the spelling str(float).
+            yield QuantileForecast(forecast_arrays=own, forecast_keys=[str(level) for level in result.levels], **common)

@@ -1,0 +1,121 @@
+"""Training checkpoints without pickle: one safetensors file whose header holds the rest as JSON.
+
+Lightning writes its checkpoints with ``torch.save``. This plugin writes the same nested state, tensors as tensors and
+everything else as JSON, in one file that appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor
+
+__all__ = ["SafeCheckpointIO", "read_checkpoint", "write_checkpoint"]
+
+_KEY = "gluonts_peft_checkpoint"
+
+
+def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write nested mappings, lists, tuples, numbers, strings and tensors to one file, atomically.
+
+    Raises
+    ------
+    TypeError
+        If the state holds anything else; the message says where.
+    OSError
+        If the disk is full or the folder cannot be written; an earlier file of that name stays whole.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(state, tensors, "state")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, partial, metadata={_KEY: json.dumps(tree)})
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`write_checkpoint` wrote.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged or is not such a checkpoint. Pickled checkpoints are not read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get(_KEY)
+            if header is None:
+                raise ValueError(f"{str(path)!r} is a safetensors file, but not a training checkpoint")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is not a training checkpoint of this project, or is damaged: {error}"
+        ) from error
+    state: dict[str, Any] = _decode(json.loads(header), tensors)
+    return state
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().contiguous().clone()
+        return {"tensor": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {"dict": [[_encode(k, tensors, where), _encode(v, tensors, f"{where}.{k}")] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_encode(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and containers")
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, tensors) for item in value]
+    if isinstance(value, dict):
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "tuple":
+            return tuple(_decode(item, tensors) for item in content)
+        return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
+    return value
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Lightning plugin: ``Trainer(plugins=[SafeCheckpointIO()])``."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint."""
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint. Tensors are on the CPU; Lightning moves them."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint."""
+        Path(path).unlink(missing_ok=True)

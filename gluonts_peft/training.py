@@ -1,0 +1,491 @@
+"""The fit loop on Lightning, and the zero-shot gate.
+
+Every random number of a step follows from the seed and the number of the step: the windows that are drawn, and dropout.
+So a run that was interrupted needs no state of its sampler, and ends with the same weights as an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from torch import Tensor
+from tqdm import tqdm
+
+from .resume import SafeCheckpointIO, read_checkpoint
+
+if TYPE_CHECKING:
+    from .adapters.base import Adapter
+    from .backbone import Backbone
+    from .windows import Windows
+
+__all__ = ["Fit", "Gate", "TrainingOptions", "TuningDidNotHelp", "fit", "mean_loss", "resolve_device", "to_device"]
+
+logger = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+
+
+class TuningDidNotHelp(UserWarning):  # noqa: N818
+    """The tuned model is no better than the pretrained one on the validation windows."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train.
+
+    Parameters
+    ----------
+    max_epochs
+        Epochs at most; each ends with a validation.
+    num_batches_per_epoch
+        Steps of an epoch.
+    batch_size
+        Windows a step.
+    learning_rate
+        Peak rate of AdamW; the adapter's own if None.
+    weight_decay
+        Of AdamW, on the adapter's parameters.
+    warmup
+        Share of all steps in which the rate rises linearly; then it falls by half a cosine to zero.
+    gradient_clip_val
+        Largest norm of the gradient; 0 means no limit.
+    patience
+        Epochs without a better validation loss after which training stops; 0 means never.
+    seed
+        Decides initialisation, windows and dropout.
+    device
+        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+    precision
+        A precision of Lightning, or ``"auto"``: bfloat16 where a GPU has it, else float32.
+    """
+
+    max_epochs: int = 10
+    num_batches_per_epoch: int = 50
+    batch_size: int = 32
+    learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    gradient_clip_val: float = 1.0
+    patience: int = 5
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_epochs", "num_batches_per_epoch", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        for name in ("weight_decay", "gradient_clip_val", "patience", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)} is negative")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate {self.learning_rate} is not positive")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup {self.warmup} is not a share of the training; name a number from 0 to below 1")
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of an uninterrupted run that does not stop early."""
+        return self.max_epochs * self.num_batches_per_epoch
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The answer to "did tuning beat zero-shot?", on the same validation windows.
+
+    The epoch whose weights are kept is chosen on these windows too, so the tuned score is slightly flattering; a
+    backtest on other data is the judge.
+
+    Parameters
+    ----------
+    zero_shot, tuned
+        Mean training loss of the family over the validation windows, before and after; lower is better.
+    windows
+        Number of validation windows.
+    """
+
+    zero_shot: float
+    tuned: float
+    windows: int
+
+    @property
+    def passed(self) -> bool:
+        """Whether tuning helped."""
+        return self.tuned < self.zero_shot
+
+    def __str__(self) -> str:
+        change = 100.0 * (self.tuned / self.zero_shot - 1.0) if self.zero_shot else math.nan
+        verdict = "tuning helped" if self.passed else "tuning did not help"
+        return (
+            f"{verdict}: validation loss {self.zero_shot:.5g} zero-shot, {self.tuned:.5g} tuned ({change:+.2f} %,"
+            f" {self.windows} windows)"
+        )
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a training run leaves behind, besides the adapter's weights."""
+
+    gate: Gate
+    epochs: int
+    steps: int
+    seconds: float
+    learning_rate: float
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device that was asked for.
+
+    Raises
+    ------
+    ValueError
+        If it does not exist here; there is no fall-back to another one.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r} is unknown; name 'auto', 'cpu', 'cuda' or 'cuda:1'") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} does not exist; this machine has {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch of arrays as tensors on a device."""
+    return {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
+
+
+def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]]) -> float:
+    """Return the mean of the family's loss over validation batches."""
+    total, count = 0.0, 0
+    with backbone.inference():
+        for batch in batches:
+            losses = backbone.loss(to_device(batch, backbone.device))
+            total += losses.double().sum().item()
+            count += len(losses)
+    return total / count
+
+
+class _Module(pl.LightningModule):
+    def __init__(self, backbone: Backbone, adapter: Adapter, windows: Windows, options: TrainingOptions, rate: float):
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter
+        self.windows = windows
+        self.options = options
+        self.rate = rate
+        self.strict_loading = False
+
+    def training_step(self, _: Any, __: int) -> Tensor:
+        step = self.global_step
+        torch.manual_seed(_mix(self.options.seed, step))
+        batch = to_device(self.windows.sample(step, self.options.batch_size), self.device)
+        loss = self.backbone.loss(batch).mean()
+        self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=self.options.batch_size)
+        penalty = self.adapter.penalty()
+        return loss if penalty is None else loss + penalty
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.adapter.after_step(self.global_step - 1)
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        losses = self.backbone.loss(batch)
+        self.log("val_loss", losses.mean(), batch_size=len(losses), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        options = self.options
+        optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self.rate, weight_decay=options.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: _rate(step, options.total_steps, options.warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def train_dataloader(self) -> Any:
+        # The windows of a step are drawn in the step itself, from its number.
+        return range(self.options.num_batches_per_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = self.adapter.state_dict()
+        checkpoint["adapter_training_state"] = self.adapter.training_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.adapter.load_state_dict(checkpoint["state_dict"])
+        self.adapter.load_training_state(checkpoint["adapter_training_state"])
+        checkpoint["state_dict"] = {}
+
+
+def _mix(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _rate(step: int, total: int, warmup: float) -> float:
+    rising = warmup * total
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(total - rising, 1.0)))
+
+
+class _Keeper(Callback):
+    """Keeps the best weights in memory, and everything on disk after each epoch."""
+
+    def __init__(self, adapter: Adapter, path: Path | None, run: Mapping[str, Any]) -> None:
+        self.adapter = adapter
+        self.path = path
+        self.run = dict(run)
+        self.best = math.inf
+        self.weights: dict[str, Tensor] = {}
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter() - self.seconds
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        score = float(trainer.callback_metrics["val_loss"])
+        if not math.isfinite(score):
+            logger.warning("validation loss is %s after epoch %d: training stops", score, trainer.current_epoch)
+            trainer.should_stop = True
+        elif score < self.best:
+            self.best = score
+            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        self.history.append(
+            {
+                "epoch": trainer.current_epoch,
+                "train_loss": float(metrics["train_loss"]),
+                "val_loss": float(metrics["val_loss"]),
+            }
+        )
+        self.seconds = time.perf_counter() - self._started
+        if self.path is not None:
+            trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "best": self.best,
+            "weights": self.weights,
+            "history": self.history,
+            "seconds": self.seconds,
+            "run": self.run,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.weights = state_dict["best"], state_dict["weights"]
+        self.history, self.seconds = state_dict["history"], state_dict["seconds"]
+
+
+class _Bar(Callback):
+    """One progress bar over all steps."""
+
+    def __init__(self, total: int, name: str) -> None:
+        self.total = total
+        self.name = name
+        self._bar: Any = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._bar = tqdm(total=self.total, initial=trainer.global_step, desc=self.name, unit="step", leave=False)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._bar.update()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(val_loss=f"{float(trainer.callback_metrics['val_loss']):.4g}")
+
+    def on_train_end(self, *_: Any) -> None:
+        self._bar.close()
+
+    def on_exception(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def fit(
+    backbone: Backbone,
+    adapter: Adapter,
+    windows: Windows,
+    validation: Sequence[Mapping[str, Any]],
+    options: TrainingOptions,
+    *,
+    folder: Path | None = None,
+    ckpt_path: str | Path | None = None,
+    progress: bool = True,
+    trainer_kwargs: Mapping[str, Any] | None = None,
+) -> Fit:
+    """Attach an adapter to a backbone and train it; the weights of the best epoch are kept.
+
+    Parameters
+    ----------
+    backbone
+        Without an adapter.
+    adapter
+        Not attached yet.
+    windows
+        Where training windows are drawn from.
+    validation
+        Batches of validation windows.
+    options
+        How to train.
+    folder
+        Where checkpoints go, after each epoch; None means none are written.
+    ckpt_path
+        A checkpoint to go on from, or ``"last"``: that of ``folder``, if there is one.
+    progress
+        Show a progress bar.
+    trainer_kwargs
+        Further arguments of ``lightning.pytorch.Trainer``; its ``callbacks`` are added to ours.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint belongs to another run, or the folder already holds one that was not asked for.
+    """
+    device = resolve_device(options.device)
+    backbone.to(device)
+    zero_shot = mean_loss(backbone, validation)
+    count = sum(len(batch["past_target"]) for batch in validation)
+    rate = adapter.learning_rate if options.learning_rate is None else options.learning_rate
+    with _seeded(options.seed, device):
+        adapter.attach(backbone)
+        if adapter.num_parameters() == 0:
+            return Fit(Gate(zero_shot, zero_shot, count), 0, 0, 0.0, 0.0)
+        adapter.prepare(options.total_steps)
+        run = {
+            "adapter": adapter.spec,
+            "base": asdict(backbone.source),
+            "data": windows.store.fingerprint(),
+            "lengths": [backbone.context_length, backbone.prediction_length],
+            "options": {**asdict(options), "learning_rate": rate, "device": device.type},
+        }
+        path, start = _checkpoints(folder, ckpt_path, run)
+        keeper = _Keeper(adapter, path, run)
+        extra = dict(trainer_kwargs or {})
+        callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
+        if options.patience:
+            callbacks.insert(0, EarlyStopping("val_loss", patience=options.patience, check_finite=False))
+        if progress:
+            callbacks.append(_Bar(options.total_steps, repr(adapter)))
+        module = _Module(backbone, adapter, windows, options, rate).train()
+        with _quiet_lightning():
+            trainer = pl.Trainer(
+                **{
+                    "accelerator": "gpu" if device.type == "cuda" else device.type,
+                    "devices": [device.index or 0] if device.type == "cuda" else 1,
+                    "precision": _precision(options.precision, device),
+                    "max_epochs": options.max_epochs,
+                    "limit_train_batches": options.num_batches_per_epoch,
+                    "gradient_clip_val": options.gradient_clip_val or None,
+                    "logger": False,
+                    "enable_checkpointing": False,
+                    "enable_progress_bar": False,
+                    "enable_model_summary": False,
+                    "num_sanity_val_steps": 0,
+                    "plugins": [SafeCheckpointIO()],
+                    "default_root_dir": folder,
+                    **extra,
+                },
+                callbacks=callbacks,
+            )
+            batches = [to_device(batch, torch.device("cpu")) for batch in validation]
+            loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+            trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
+    backbone.to(device).eval()
+    if keeper.weights:
+        adapter.load_state_dict(keeper.weights)
+    # The same function scores both sides, so that they differ by the weights alone.
+    tuned = mean_loss(backbone, validation) if keeper.weights else math.inf
+    gate = Gate(zero_shot, tuned, count)
+    return Fit(gate, len(keeper.history), trainer.global_step, keeper.seconds, rate, keeper.history)
+
+
+def _checkpoints(
+    folder: Path | None, ckpt_path: str | Path | None, run: Mapping[str, Any]
+) -> tuple[Path | None, Path | None]:
+    """Return where checkpoints go and the one to start from."""
+    path = None if folder is None else folder / LAST
+    if ckpt_path == "last":
+        if path is None:
+            raise ValueError("ckpt_path 'last' needs the folder of the earlier run; name it as `folder`")
+        start = path if path.is_file() else None
+    elif ckpt_path is not None:
+        start = Path(ckpt_path)
+    else:
+        start = None
+        if path is not None and path.is_file():
+            raise ValueError(
+                f"folder {str(folder)!r} already holds a training run; pass ckpt_path='last' to go on with it, or name"
+                " another folder"
+            )
+    if start is not None:
+        states = read_checkpoint(start).get("callbacks", {})
+        earlier = next((state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {})
+        if differing := [name for name in run if _plain(earlier.get(name)) != _plain(run[name])]:
+            raise ValueError(
+                f"checkpoint {str(start)!r} belongs to another run: {', '.join(differing)} differ"
+                f" ({_first_difference(earlier, run, differing[0])})"
+            )
+    return path, start
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _first_difference(earlier: Mapping[str, Any], run: Mapping[str, Any], name: str) -> str:
+    left, right = earlier.get(name), run[name]
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        key = next(key for key in right if _plain(left.get(key)) != _plain(right[key]))
+        return f"{key}: {left.get(key)!r} there, {right[key]!r} here"
+    return f"{left!r} there, {right!r} here"
+
+
+def _precision(precision: str, device: torch.device) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch within the context and leave its global state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Drop Lightning's banners and its advice on worker processes and loggers within the context."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [item.level for item in loggers]
+    for item in loggers:
+        item.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        for item, level in zip(loggers, levels, strict=True):
+            item.setLevel(level)

@@ -1,0 +1,757 @@
+"""From any GluonTS dataset to batches of windows, by way of a memory-mapped store.
+
+A dataset is read once into a `SeriesStore`: one flat float32 array and the offsets of its series, as files when a
+folder is named, so that data larger than memory costs no memory. A `Windows` plans on it with integers only and reads
+a batch with a single gather. A window is a pair (series, cut): the context is ``[cut - context_length, cut)``, the
+label is ``[cut, cut + prediction_length)``. For prediction, `context_batches` walks over a dataset lazily.
+
+Missing values are NaN in a dataset and in a store; in a batch they are 0 with an observed value of 0, and so is the
+padding on the left of a context that reaches back beyond the start of its series.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import operator
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["LastWindows", "SeriesStore", "Skipped", "Windows", "context_batches"]
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Batch = dict[str, Floats]
+
+_FORMAT = 1
+_VALUES, _OFFSETS, _EDGES, _INDEX = "values.bin", "offsets.npy", "edges.npy", "series.json"
+# Elements gathered at once where the caller sets no batch size: a few MiB of indices.
+_CHUNK = 1 << 18
+# Windows tried for one batch before gaps are taken to leave none: under a second.
+_MAX_DRAWS = 1 << 20
+
+
+class SeriesStore:
+    """Univariate series, end to end in one flat array.
+
+    Made by `from_dataset` or `open`, not by calling the class.
+
+    Attributes
+    ----------
+    values : ndarray, float32, shape (total steps,)
+        All series one after another, read-only, NaN where missing; backed by a `numpy.memmap` if there is a folder.
+    offsets : ndarray, int64, shape (series + 1,)
+        Series ``i`` is ``values[offsets[i]:offsets[i + 1]]``.
+    edges : ndarray, int64, shape (series, 2)
+        Position of the first and of the last observed value of each series; (length, -1) where there is none.
+    missing : int
+        Number of missing values in the store.
+    item_ids : list of str
+        One a series; its position where the dataset has no ``item_id``.
+    starts : list of (str or None)
+        The first period of each series as text, for reports.
+    freq : str or None
+        The frequency that all starts share; None where they have none or not the same.
+    folder : Path or None
+        Where the files are; None for a store in memory.
+
+    Examples
+    --------
+    >>> store = SeriesStore.from_dataset([{"target": [1, 2, 3]}, {"target": [4.0, float("nan")], "item_id": "b"}])
+    >>> store
+    SeriesStore(2 series of 2 to 3 steps, 5 values, 1 missing, in memory)
+    >>> store.item_ids
+    ['0', 'b']
+    >>> store.series(1)
+    array([ 4., nan], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        values: Floats,
+        offsets: Integers,
+        edges: Integers,
+        *,
+        missing: int,
+        item_ids: list[str],
+        starts: list[str | None],
+        freq: str | None,
+        folder: Path | None = None,
+    ) -> None:
+        self.values = values
+        self.offsets = offsets
+        self.edges = edges
+        self.missing = missing
+        self.item_ids = item_ids
+        self.starts = starts
+        self.freq = freq
+        self.folder = folder
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Iterable[Mapping[str, Any]],
+        folder: str | Path | None = None,
+        *,
+        max_memory: int = 1 << 30,
+    ) -> SeriesStore:
+        """Read a dataset once, from its first entry to its last, and keep its targets.
+
+        Parameters
+        ----------
+        dataset : iterable of mappings
+            GluonTS entries: ``target`` of shape (steps,), numbers with NaN for missing; ``item_id`` and ``start``
+            are kept for reports and may be absent. Targets of any real type are stored as float32.
+        folder : path, optional
+            Where to write the store, made if need be. One series at a time is in memory. Without it the store is in
+            memory and nothing is written.
+        max_memory : int
+            Most bytes of values that a store without a folder may take.
+
+        Raises
+        ------
+        FileExistsError
+            `folder` holds a store already.
+        TypeError
+            An entry is not a mapping, or its target is not numbers.
+        ValueError
+            The dataset is empty or without values, does not fit into `max_memory`, or an entry has no target, a
+            target not of one dimension, or one that is infinite as float32. The message names the entry.
+        """
+        if folder is None:
+            limit = _integer("max_memory", max_memory, 1)
+            sink = io.BytesIO()
+            index = _write_series(dataset, sink, limit)
+            values = np.frombuffer(sink.getbuffer(), np.float32)
+            values.flags.writeable = False
+            return cls(values, **index)
+        folder = Path(folder)
+        if (folder / _INDEX).exists():
+            raise FileExistsError(
+                f"folder '{folder}' holds a series store already: read it with SeriesStore.open(folder) "
+                "or name another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _VALUES
+        try:
+            with path.open("wb") as file:
+                index = _write_series(dataset, file, None)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        np.save(folder / _OFFSETS, index.pop("offsets"))
+        np.save(folder / _EDGES, index.pop("edges"))
+        # The index comes last and at once, so a folder that has it is complete.
+        partial = folder / f"{_INDEX}.partial"
+        partial.write_text(json.dumps({"format": _FORMAT, **index}), encoding="utf-8")
+        os.replace(partial, folder / _INDEX)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> SeriesStore:
+        """Map the files of a store that `from_dataset` wrote, without reading the values.
+
+        Raises
+        ------
+        FileNotFoundError
+            The folder holds no complete store.
+        ValueError
+            The store has another format, or its files do not belong together.
+        """
+        folder = Path(folder)
+        again = "write it again with SeriesStore.from_dataset(dataset, folder)"
+        if not (folder / _INDEX).exists():
+            raise FileNotFoundError(f"folder '{folder}' holds no complete series store, {_INDEX} is missing: {again}")
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        found = index.pop("format", None)
+        if found != _FORMAT:
+            raise ValueError(f"series store '{folder}' has format {found}, this version reads {_FORMAT}: {again}")
+        offsets = np.load(folder / _OFFSETS, allow_pickle=False)
+        edges = np.load(folder / _EDGES, allow_pickle=False)
+        count = len(index["item_ids"])
+        if (len(offsets), len(edges)) != (count + 1, count):
+            raise ValueError(
+                f"series store '{folder}' is damaged, {_INDEX} lists {count} series, {_OFFSETS} has {len(offsets) - 1} "
+                f"and {_EDGES} has {len(edges)}: {again}"
+            )
+        size, expected = (folder / _VALUES).stat().st_size, 4 * int(offsets[-1])
+        if size != expected:
+            raise ValueError(
+                f"series store '{folder}' is damaged, {_VALUES} has {size} bytes instead of {expected}: {again}"
+            )
+        # A plain view of the map: numpy's own subclass makes each small operation slower.
+        values = np.asarray(np.memmap(folder / _VALUES, np.float32, mode="r"))
+        return cls(values, offsets, edges, folder=folder, **index)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __repr__(self) -> str:
+        low, high = int(self.lengths.min()), int(self.lengths.max())
+        steps = f"{low}" if low == high else f"{low} to {high}"
+        freq = f", freq {self.freq!r}" if self.freq else ""
+        place = "in memory" if self.folder is None else f"in '{self.folder}'"
+        return (
+            f"SeriesStore({len(self)} series of {steps} steps, {len(self.values)} values, "
+            f"{self.missing} missing{freq}, {place})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process maps the same files; pickling the map would copy every value.
+        return self.__dict__ if self.folder is None else {"folder": self.folder.absolute()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state if "values" in state else SeriesStore.open(state["folder"]).__dict__)
+
+    @property
+    def lengths(self) -> Integers:
+        """Number of steps of each series, int64, shape (series,)."""
+        return np.diff(self.offsets)
+
+    def series(self, i: int) -> Floats:
+        """Series `i` as a read-only view of shape (steps,), NaN where missing.
+
+        Raises
+        ------
+        IndexError
+            `i` is not one of the series.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"series {i} does not exist: the store holds series 0 to {len(self) - 1}")
+        return self.values[self.offsets[i] : self.offsets[i + 1]]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of offsets and values as hexadecimal text; names and starts do not count, nor the place.
+
+        The first call reads the whole store, a piece at a time.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256(np.ascontiguousarray(self.offsets, "<i8").data)
+            for begin in range(0, len(self.values), 1 << 20):
+                digest.update(np.ascontiguousarray(self.values[begin : begin + (1 << 20)], "<f4").data)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """How many series, or windows, were left out, and why.
+
+    Attributes
+    ----------
+    total : int
+        How many there were, with those left out.
+    too_short : int
+        Those without room for `min_context`, the label and the holdout.
+    all_missing : int
+        Those with room, but without an observed value on both sides of a cut: nothing observed in the context, or
+        nothing in the label.
+    unit : str
+        What is counted.
+
+    Examples
+    --------
+    >>> print(Skipped(total=10, too_short=2, all_missing=1))
+    skipped 3 of 10 series: 2 too short, 1 without observed values in context and label
+    """
+
+    total: int
+    too_short: int
+    all_missing: int
+    unit: str = "series"
+
+    def __str__(self) -> str:
+        reasons = [
+            f"{count} {reason}"
+            for count, reason in (
+                (self.too_short, "too short"),
+                (self.all_missing, "without observed values in context and label"),
+            )
+            if count
+        ]
+        if not reasons:
+            return f"skipped none of {self.total} {self.unit}"
+        return f"skipped {self.too_short + self.all_missing} of {self.total} {self.unit}: {', '.join(reasons)}"
+
+
+class Windows:
+    """The windows of a store: random ones for training, the last ones for evaluation.
+
+    A window (series, cut) is admissible if ``cut >= min_context``, if ``cut + prediction_length <= length - holdout``,
+    and if both its context and its label have an observed value. Cuts count steps from the start of their series.
+
+    Parameters
+    ----------
+    store : SeriesStore
+        The series.
+    context_length : int
+        Steps before the cut, C; where a series has fewer, the rest is padding on the left.
+    prediction_length : int
+        Steps from the cut on, H.
+    min_context : int
+        Fewest steps of a series, observed or missing, before a cut.
+    holdout : int
+        Steps at the end of every series that no window touches. To validate on the last window of each series, train
+        on ``holdout=prediction_length`` and validate on `last` of windows without a holdout.
+    seed : int
+        Seed of `sample`.
+
+    Attributes
+    ----------
+    skipped : Skipped
+        The series that have no admissible window, as far as their length and their first and last observed value
+        tell; long gaps inside a series are found when windows are read.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A number is not an integer or too small, or no series is left.
+
+    Examples
+    --------
+    >>> store = SeriesStore.from_dataset([{"target": range(10)}, {"target": [5.0, 6.0]}])
+    >>> training = Windows(store, context_length=4, prediction_length=2, holdout=2)
+    >>> print(training.skipped)
+    skipped 1 of 2 series: 1 too short
+    >>> len(training)
+    6
+    >>> {name: values.shape for name, values in training.sample(step=0, batch_size=8).items()}
+    {'past_target': (8, 4), 'past_observed_values': (8, 4), 'future_target': (8, 2), 'future_observed_values': (8, 2)}
+    >>> validation = Windows(store, context_length=4, prediction_length=2).last()
+    >>> next(iter(validation))["future_target"]
+    array([[8., 9.]], dtype=float32)
+    """
+
+    def __init__(
+        self,
+        store: SeriesStore,
+        *,
+        context_length: int,
+        prediction_length: int,
+        min_context: int = 1,
+        holdout: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.store = store
+        self.context_length = _integer("context_length", context_length, 1)
+        self.prediction_length = _integer("prediction_length", prediction_length, 1)
+        self.min_context = _integer("min_context", min_context, 1)
+        self.holdout = _integer("holdout", holdout, 0)
+        self.seed = _integer("seed", seed, 0)
+
+        last_cut = store.lengths - self.holdout - self.prediction_length
+        # Cuts up to the first observed value have an empty context, those past the last one an empty label.
+        low = np.maximum(self.min_context, store.edges[:, 0] + 1)
+        counts = np.minimum(last_cut, store.edges[:, 1]) - low + 1
+        self._series: Integers = np.flatnonzero(counts > 0)
+        too_short = int((last_cut < self.min_context).sum())
+        self.skipped = Skipped(len(store), too_short, len(store) - too_short - len(self._series))
+        if not len(self._series):
+            raise ValueError(f"no series is left, {self.skipped}; {self._remedy()}")
+        self._ends: Integers = np.cumsum(counts[self._series])
+        # Cut = ticket + shift, where tickets number the windows of all series in one row.
+        self._shifts: Integers = low[self._series] - self._ends + counts[self._series]
+        self._steps: Integers = np.arange(-self.context_length, self.prediction_length)
+
+    def __len__(self) -> int:
+        """Number of windows that `sample` draws from, with those that fall wholly into a gap inside a series."""
+        return int(self._ends[-1])
+
+    def __repr__(self) -> str:
+        return (
+            f"Windows({len(self)} windows of {len(self._series)} series, context_length={self.context_length}, "
+            f"prediction_length={self.prediction_length}, min_context={self.min_context}, holdout={self.holdout}, "
+            f"seed={self.seed})"
+        )
+
+    def sample(self, step: int, batch_size: int) -> Batch:
+        """Draw random windows, uniformly over all admissible ones, with replacement.
+
+        The draw depends on the seed and on `step` alone: training that resumes at a step needs no state, and a smaller
+        batch is the beginning of a larger one.
+
+        Parameters
+        ----------
+        step : int
+            Number of the batch, from 0.
+        batch_size : int
+            Number of windows, B.
+
+        Returns
+        -------
+        dict of ndarray, float32
+            ``past_target`` and ``past_observed_values`` of shape (B, C), ``future_target`` and
+            ``future_observed_values`` of shape (B, H); missing values and padding are 0, with observed value 0.
+
+        Raises
+        ------
+        ValueError
+            Gaps leave next to no admissible window.
+        """
+        _, _, values, observed = self._draw(step, batch_size)
+        return self._batch(values, observed)
+
+    def pairs(self, step: int, batch_size: int) -> tuple[Integers, Integers]:
+        """The series and the cuts of the windows that `sample` returns, int64, each of shape (B,).
+
+        Raises
+        ------
+        ValueError
+            As `sample`.
+        """
+        series, cuts, _, _ = self._draw(step, batch_size)
+        return series, cuts
+
+    def read(self, series: ArrayLike, cuts: ArrayLike) -> Batch:
+        """Read the named windows, admissible or not, also from the holdout.
+
+        Parameters
+        ----------
+        series, cuts : array-like of integers, shape (B,)
+            Which series, and the step of it at which the label begins.
+
+        Returns
+        -------
+        dict of ndarray, float32
+            As `sample`.
+
+        Raises
+        ------
+        IndexError
+            A series does not exist, or a label reaches beyond its series.
+        """
+        series, cuts = np.asarray(series, np.int64), np.asarray(cuts, np.int64)
+        wrong = (series < 0) | (series >= len(self.store))
+        if wrong.any():
+            raise IndexError(f"series {series[wrong][0]} does not exist: the store holds 0 to {len(self.store) - 1}")
+        room = self.store.offsets[series + 1] - self.store.offsets[series] - self.prediction_length
+        wrong = (cuts < 0) | (cuts > room)
+        if wrong.any():
+            raise IndexError(
+                f"cut {cuts[wrong][0]} of series {series[wrong][0]} leaves no room for "
+                f"prediction_length={self.prediction_length}: cuts go from 0 to {room[wrong][0]}"
+            )
+        return self._batch(*self._gather(series, cuts))
+
+    def last(
+        self,
+        windows: int = 1,
+        distance: int | None = None,
+        max_windows: int | None = None,
+        batch_size: int = 256,
+    ) -> LastWindows:
+        """The last windows of every series, always the same, for evaluation.
+
+        Parameters
+        ----------
+        windows : int
+            Windows a series; the label of the last one ends at length - holdout.
+        distance : int, optional
+            Steps between the cuts of neighbouring windows, `prediction_length` by default.
+        max_windows : int, optional
+            If there are more, take this many, evenly spaced over all.
+        batch_size : int
+            Windows a batch; the last batch may have fewer.
+
+        Returns
+        -------
+        LastWindows
+            An iterable of batches as those of `sample`, series by series, earlier cuts first. It counts the windows
+            that do not fit into their series and those without observed values in context or label.
+
+        Raises
+        ------
+        ValueError
+            No window is left.
+        """
+        count = _integer("windows", windows, 1)
+        distance = self.prediction_length if distance is None else _integer("distance", distance, 1)
+        batch_size = _integer("batch_size", batch_size, 1)
+        limit = None if max_windows is None else _integer("max_windows", max_windows, 1)
+
+        last_cut = self.store.lengths - self.holdout - self.prediction_length
+        cuts = (last_cut[:, None] - distance * np.arange(count)[::-1]).ravel()
+        fits = np.flatnonzero(cuts >= self.min_context)
+        series, cuts = fits // count, cuts[fits]
+        if self.store.missing:
+            rows = self._rows()
+            good = np.ones(len(cuts), bool)
+            for begin in range(0, len(cuts), rows):
+                part = slice(begin, begin + rows)
+                good[part] = self._admissible(self._gather(series[part], cuts[part])[1])
+            series, cuts = series[good], cuts[good]
+        total = count * len(self.store)
+        skipped = Skipped(total, total - len(fits), len(fits) - len(cuts), unit="windows")
+        if not len(cuts):
+            raise ValueError(f"no window is left, {skipped}; {self._remedy()}")
+        if limit is not None and limit < len(cuts):
+            chosen = np.arange(limit) * (len(cuts) - 1) // max(limit - 1, 1)
+            series, cuts = series[chosen], cuts[chosen]
+        return LastWindows(self, series, cuts, skipped, batch_size)
+
+    def _draw(self, step: int, batch_size: int) -> tuple[Integers, Integers, Floats, NDArray[np.bool_]]:
+        step, batch_size = _integer("step", step, 0), _integer("batch_size", batch_size, 1)
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step])))
+        parts: list[tuple[Any, ...]] = []
+        found = drawn = 0
+        size = batch_size
+        while True:
+            tickets = generator.integers(0, len(self), size)
+            where = np.searchsorted(self._ends, tickets, side="right")
+            series, cuts = self._series[where], tickets + self._shifts[where]
+            values, observed = self._gather(series, cuts)
+            good = self._admissible(observed) if self.store.missing else None
+            if good is None or (not parts and good.all()):
+                return series, cuts, values, observed
+            parts.append((series[good], cuts[good], values[good], observed[good]))
+            found, drawn = found + int(good.sum()), drawn + size
+            if found >= batch_size:
+                series, cuts, values, observed = (
+                    np.concatenate(part)[:batch_size] for part in zip(*parts, strict=True)
+                )
+                return series, cuts, values, observed
+            if drawn >= _MAX_DRAWS + 256 * batch_size:
+                raise ValueError(
+                    f"only {found} of {drawn} drawn windows have an observed value both in context_length="
+                    f"{self.context_length} and in prediction_length={self.prediction_length} steps: fill the gaps of "
+                    "the series, leave out those with long ones, or use longer windows"
+                )
+            size = min(2 * (batch_size - found) * drawn // max(found, 1), max(self._rows(), batch_size))
+
+    def _gather(self, series: Integers, cuts: Integers) -> tuple[Floats, NDArray[np.bool_]]:
+        """Values, 0 where not observed, and whether observed, of shape (B, C + H)."""
+        begins = self.store.offsets[series]
+        index = (begins + cuts)[:, None] + self._steps
+        # Out of bounds happens only before the first series, and is padding.
+        values = self.store.values.take(index, mode="clip")
+        observed = index >= begins[:, None]
+        if self.store.missing:
+            observed &= values == values
+        np.copyto(values, 0, where=~observed)
+        return values, observed
+
+    def _admissible(self, observed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        context, label = observed[:, : self.context_length], observed[:, self.context_length :]
+        return np.asarray(context.any(1) & label.any(1))
+
+    def _batch(self, values: Floats, observed: NDArray[np.bool_]) -> Batch:
+        length = self.context_length
+        return {
+            "past_target": np.ascontiguousarray(values[:, :length]),
+            "past_observed_values": observed[:, :length].astype(np.float32),
+            "future_target": np.ascontiguousarray(values[:, length:]),
+            "future_observed_values": observed[:, length:].astype(np.float32),
+        }
+
+    def _rows(self) -> int:
+        return max(1, _CHUNK // len(self._steps))
+
+    def _remedy(self) -> str:
+        needed = self.min_context + self.prediction_length + self.holdout
+        return (
+            f"a window needs min_context={self.min_context} + prediction_length={self.prediction_length} + "
+            f"holdout={self.holdout}, {needed} steps, and the longest series has {self.store.lengths.max()}: lower one "
+            "of them or give longer series with observed values"
+        )
+
+
+class LastWindows:
+    """The windows that `Windows.last` chose; each iteration starts anew.
+
+    Its length is the number of windows.
+
+    Attributes
+    ----------
+    series, cuts : ndarray, int64, shape (windows,)
+        Which windows, in order.
+    skipped : Skipped
+        Windows left out because they do not fit or have nothing observed; those that `max_windows` leaves out are
+        not among them.
+    batch_size : int
+        Windows a batch.
+    """
+
+    def __init__(self, windows: Windows, series: Integers, cuts: Integers, skipped: Skipped, batch_size: int) -> None:
+        self.windows = windows
+        self.series = series
+        self.cuts = cuts
+        self.skipped = skipped
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for begin in range(0, len(self), self.batch_size):
+            part = slice(begin, begin + self.batch_size)
+            yield self.windows.read(self.series[part], self.cuts[part])
+
+    def __repr__(self) -> str:
+        return f"LastWindows({len(self)} windows in batches of {self.batch_size}, {self.skipped})"
+
+
+def context_batches(
+    dataset: Iterable[Mapping[str, Any]], *, context_length: int, batch_size: int
+) -> Iterator[tuple[list[Mapping[str, Any]], Batch]]:
+    """The ends of all series of a dataset, in batches and in order, for prediction.
+
+    The dataset is walked over lazily, a batch ahead at most; an empty one yields nothing.
+
+    Parameters
+    ----------
+    dataset : iterable of mappings
+        GluonTS entries, as for `SeriesStore.from_dataset`.
+    context_length : int
+        Most steps taken from the end of a series.
+    batch_size : int
+        Entries a batch, B; the last batch may have fewer.
+
+    Yields
+    ------
+    entries : list of mappings
+        The entries themselves, B of them.
+    batch : dict of ndarray, float32
+        ``past_target`` and ``past_observed_values`` of shape (B, width), where the width is that of the longest
+        context of the batch, at least 1 and at most `context_length`; shorter ones are padded on the left. Missing
+        values and padding are 0, with observed value 0. An entry without any observed value in its context, also an
+        empty one, is yielded like the others, its observed values all 0: what to do with it is the caller's choice.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For the arguments at the call, and for an entry when its batch is reached, as `SeriesStore.from_dataset`.
+
+    Examples
+    --------
+    >>> dataset = [{"target": [1, 2, 3, 4]}, {"target": [5, float("nan")]}]
+    >>> [(entries, batch)] = context_batches(dataset, context_length=3, batch_size=8)
+    >>> batch["past_target"]
+    array([[2., 3., 4.],
+           [0., 5., 0.]], dtype=float32)
+    >>> batch["past_observed_values"]
+    array([[1., 1., 1.],
+           [0., 1., 0.]], dtype=float32)
+    """
+    context_length = _integer("context_length", context_length, 1)
+    batch_size = _integer("batch_size", batch_size, 1)
+
+    # A generator of its own, so that wrong arguments are reported by the call.
+    def batches() -> Iterator[tuple[list[Mapping[str, Any]], Batch]]:
+        entries: list[Mapping[str, Any]] = []
+        contexts: list[Floats] = []
+        for position, entry in enumerate(dataset):
+            contexts.append(_target(entry, position)[-context_length:])
+            entries.append(entry)
+            if len(entries) == batch_size:
+                yield entries, _pad_left(contexts)
+                entries, contexts = [], []
+        if entries:
+            yield entries, _pad_left(contexts)
+
+    return batches()
+
+
+def _pad_left(contexts: list[Floats]) -> Batch:
+    width = max(1, *(len(context) for context in contexts))
+    values = np.full((len(contexts), width), np.nan, np.float32)
+    for row, context in zip(values, contexts, strict=True):
+        row[width - len(context) :] = context
+    observed = ~np.isnan(values)
+    np.copyto(values, 0, where=~observed)
+    return {"past_target": values, "past_observed_values": observed.astype(np.float32)}
+
+
+def _write_series(dataset: Iterable[Mapping[str, Any]], sink: BinaryIO, max_memory: int | None) -> dict[str, Any]:
+    """Append all targets to `sink`; return what `SeriesStore` wants to know besides the values."""
+    offsets, edges = array("q", [0]), array("q")
+    item_ids: list[str] = []
+    starts: list[str | None] = []
+    freqs: set[str | None] = set()
+    missing = 0
+    for position, entry in enumerate(dataset):
+        values = _target(entry, position)
+        total = offsets[-1] + len(values)
+        if max_memory is not None and total * 4 > max_memory:
+            raise ValueError(
+                f"the first {position + 1} series of the dataset take {total * 4} bytes, more than max_memory="
+                f"{max_memory}: name a folder, SeriesStore.from_dataset(dataset, folder), to keep them on disk, "
+                "or raise max_memory"
+            )
+        observed = ~np.isnan(values)
+        count = int(observed.sum())
+        missing += len(values) - count
+        first, last = (int(observed.argmax()), int(observed[::-1].argmax())) if count else (len(values), len(values))
+        edges.extend((first, len(values) - 1 - last))
+        sink.write(values.data)
+        offsets.append(total)
+        item_id, start = entry.get("item_id"), entry.get("start")
+        item_ids.append(str(position if item_id is None else item_id))
+        starts.append(None if start is None else str(start))
+        freqs.add(getattr(start, "freqstr", None))
+    if not item_ids:
+        raise ValueError("dataset is empty: give at least one entry with a 'target'")
+    if not offsets[-1]:
+        raise ValueError(f"dataset has no values: all of its {len(item_ids)} targets have length 0")
+    return {
+        "offsets": np.array(offsets, np.int64),
+        "edges": np.array(edges, np.int64).reshape(-1, 2),
+        "missing": missing,
+        "item_ids": item_ids,
+        "starts": starts,
+        "freq": freqs.pop() if len(freqs) == 1 else None,
+    }
+
+
+def _target(entry: Mapping[str, Any], position: int) -> Floats:
+    """The target of an entry as a new float32 array of shape (steps,) without infinities."""
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"entry {position} of the dataset is a {type(entry).__name__}: give a dict with a 'target'")
+    item_id = entry.get("item_id")
+    name = f"entry {position}" if item_id is None else f"item_id {item_id!r}"
+    if "target" not in entry:
+        raise ValueError(f"{name} has no 'target', only {sorted(map(str, entry))}: give one of shape (steps,)")
+    try:
+        raw = np.asarray(entry["target"])
+    except ValueError as error:
+        raise ValueError(f"target of {name} is not an array ({error}): give one of shape (steps,)") from None
+    if raw.ndim > 1:
+        raise ValueError(
+            f"multivariate targets are not supported, target of {name} has shape {raw.shape}: "
+            "give each dimension as an entry of its own"
+        )
+    if raw.ndim == 0:
+        raise ValueError(f"target of {name} is {entry['target']!r}, without a dimension: give one of shape (steps,)")
+    if raw.dtype.kind not in "biuf":
+        wrong = [value for value in raw.tolist() if not isinstance(value, (int, float))][:1]
+        detail = f" with the value {wrong[0]!r}" if wrong else ""
+        raise TypeError(f"target of {name} has type {raw.dtype}{detail}: give numbers, with NaN for missing values")
+    with np.errstate(over="ignore"):
+        values = raw.astype(np.float32)
+    infinite = np.isinf(values)
+    if infinite.any():
+        at = int(infinite.argmax())
+        if np.isinf(raw[at]):
+            raise ValueError(f"target of {name} has the value {raw[at]} at step {at}: give NaN for missing values")
+        raise ValueError(f"target of {name} has the value {raw[at]} at step {at}, too large for float32: rescale it")
+    # One bit pattern for missing, or equal data could have unequal fingerprints.
+    values[np.isnan(values)] = np.nan
+    return values
+
+
+def _integer(name: str, value: int, minimum: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {number}")
+    return number
