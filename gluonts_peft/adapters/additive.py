@@ -50,7 +50,6 @@ __all__ = [
     "miss",
     "oft",
     "randlora",
-    "vblora",
     "vera",
     "waveft",
 ]
@@ -84,6 +83,8 @@ class Method:
         Further sites that go into ``feedforward_modules`` (IA3 scales the input there).
     mergeable
         Whether the change can be folded into the weights.
+    innermost
+        Attaches to plain linear layers only, so it goes first in a hybrid.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Method:
     dense: bool = False
     feedforward: tuple[str, ...] = ()
     mergeable: bool = True
+    innermost: bool = False
 
     def __call__(self, **options: Any) -> PeftAdapter:
         if self.config == "AdaLoraConfig":
@@ -118,23 +120,23 @@ class Method:
 
 # VeRA: projections are drawn again from their seed instead of stored (kilobytes); their digest is stored and checked.
 # FourierFT: PEFT's default starts away from zero; init_weights=True leaves the model unchanged at the start.
+# VB-LoRA is left out: PEFT starts it away from zero, and zero is a point that it cannot leave.
 # C3A: PEFT's named initialisations leave the model changed at the start; True means zeros there.
 layernorm = Method("layernorm", "LNTuningConfig", 3e-3, sites=("norm",))
 lora = Method("lora", "LoraConfig", 2e-3, defaults={"r": 2, "lora_alpha": 16})
 dora = Method("dora", "LoraConfig", 2e-3, defaults={"r": 2, "lora_alpha": 16, "use_dora": True})
-vera = Method("vera", "VeraConfig", 1e-2, defaults={"save_projection": False}, dense=True)
+vera = Method("vera", "VeraConfig", 1e-2, defaults={"save_projection": False}, dense=True, innermost=True)
 fourierft = Method("fourierft", "FourierFTConfig", 1e-1, defaults={"n_frequency": 50, "init_weights": True}, dense=True)
 ia3 = Method("ia3", "IA3Config", 1e-2, sites=("k", "v"), feedforward=("ff_out",))
 adalora = Method("adalora", "AdaLoraConfig", 5e-3, defaults={"init_r": 4, "target_r": 2, "lora_alpha": 16})
-randlora = Method("randlora", "RandLoraConfig", 1e-3, defaults={"save_projection": False}, dense=True)
+randlora = Method("randlora", "RandLoraConfig", 1e-3, defaults={"save_projection": False}, dense=True, innermost=True)
 oft = Method("oft", "OFTConfig", 2e-3, divides=("oft_block_size", 16))
 hra = Method("hra", "HRAConfig", 2e-3, defaults={"r": 2})
 miss = Method("miss", "MissConfig", 2e-3, divides=("r", 8))
 c3a = Method("c3a", "C3AConfig", 1e-2, defaults={"init_weights": True}, divides=("block_size", 16), dense=True)
 waveft = Method("waveft", "WaveFTConfig", 1e-2, defaults={"n_frequency": 50}, dense=True)
-vblora = Method("vblora", "VBLoRAConfig", 1e-2, defaults={"r": 2, "num_vectors": 64}, divides=("vector_length", 32))
 
-TABLE = (layernorm, lora, dora, vera, fourierft, ia3, adalora, randlora, oft, hra, miss, c3a, waveft, vblora)
+TABLE = (layernorm, lora, dora, vera, fourierft, ia3, adalora, randlora, oft, hra, miss, c3a, waveft)
 
 
 class PeftAdapter(Adapter):
@@ -160,6 +162,7 @@ class PeftAdapter(Adapter):
         self.name = method.name
         self.learning_rate = method.learning_rate
         self.mergeable = method.mergeable
+        self.innermost = method.innermost
         known = {f.name for f in fields(method.config_class())} - _OURS | {"sites"}
         for option in options:
             if option not in known:
@@ -214,6 +217,8 @@ class PeftAdapter(Adapter):
         network = backbone.network
         config = self.peft_config(backbone)
         known = {id(parameter) for parameter in network.parameters()} | {id(module) for module in network.modules()}
+        # Each part of a hybrid keeps a configuration of its own; PEFT would merge them through the network.
+        _forget_config(network)
         try:
             with _quiet():
                 self._tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](network, config, "default")
@@ -246,8 +251,7 @@ class PeftAdapter(Adapter):
         ]
         for module, name, child in parents:
             setattr(module, name, child.base_layer)
-        if hasattr(backbone.network, "peft_config"):
-            del backbone.network.peft_config
+        _forget_config(backbone.network)
         self._tuner, self._layers, self._parameters = None, [], []
 
     @contextmanager
@@ -275,11 +279,18 @@ class PeftAdapter(Adapter):
     def state_dict(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
 
-        # Wrappers of later adapters of a hybrid add `base_layer` to the path; a tensor of an adapter never lies in one.
-        state = {name.replace(".base_layer.", "."): tensor for name, tensor in self._tuner.state_dict().items()}
+        # PEFT reads the names off the modules; the holder stands for the PeftModel that a plain user would have.
+        holder = nn.Module()
+        holder.base_model = self._tuner
+        holder.peft_config = self._tuner.peft_config
         with _quiet():
-            found = get_peft_model_state_dict(self._tuner, state_dict=state, save_embedding_layers=False)
-        return {f"base_model.{name}": tensor for name, tensor in found.items()}
+            found = get_peft_model_state_dict(holder, save_embedding_layers=False)
+        # Wrappers of later parts of a hybrid add `base_layer` to the path; a tensor of an adapter never lies in one.
+        return {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in found.items()
+            if any(part.startswith(self.prefix) for part in name.split("."))
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         copy_into(self.state_dict(), state, self)
@@ -314,6 +325,11 @@ class PeftAdapter(Adapter):
                     " differently; load it with the versions in its record, or train it with save_projection=True"
                 )
         return super().load(folder)
+
+
+def _forget_config(network: nn.Module) -> None:
+    if hasattr(network, "peft_config"):
+        del network.peft_config
 
 
 def _divisor(backbone: Backbone, places: tuple[str, ...], limit: int) -> int:

@@ -49,11 +49,14 @@ class Adapter(ABC):
         Default rate; methods differ by orders of magnitude. Chosen by us on the bundled checkpoints.
     mergeable
         Whether :meth:`merge` can fold the adapter into the weights of the base.
+    innermost
+        Whether it must attach before the other parts of a hybrid.
     """
 
     name: str
     learning_rate: float
     mergeable: bool = True
+    innermost: bool = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)

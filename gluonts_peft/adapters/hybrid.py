@@ -1,7 +1,8 @@
 """Hybrids: several adapters at once on one backbone, trained together.
 
-Combining methods is an open question of arXiv 2409.11302. Parts attach in the given order; an additive part that
-comes later wraps what an earlier one has put at the same place, so their changes add up.
+Combining methods is an open question of arXiv 2409.11302. Parts attach in the given order, except that those which
+need plain linear layers go first; an additive part that comes later wraps what an earlier one has put at the same
+place, so their changes add up.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Hybrid(Adapter):
         kinds = [getattr(part, "prefix", part.name) for part in parts]
         if len(set(kinds)) < len(kinds):
             raise AdapterError(f"a hybrid takes one variant of a method, got {names}, which share their tensors' names")
-        self.parts = list(parts)
+        self.parts = sorted(parts, key=lambda part: not part.innermost)
         # The most sensitive part decides; a rate that is too small only costs time.
         self.learning_rate = min(part.learning_rate for part in parts)
         self.mergeable = all(part.mergeable for part in parts)

@@ -111,14 +111,16 @@ def sample_tokens(
 
     max_rows = max(1, batch * num_samples) if max_rows is None else max_rows
     tokens = torch.empty(uniforms.shape, dtype=torch.long, device=input_ids.device)
-    for series in torch.arange(batch).split(max(1, max_rows // num_samples)):
-        part = slice(int(series[0]), int(series[-1]) + 1)
-        mask = attention_mask[part]
-        memory = model.encoder(input_ids=input_ids[part], attention_mask=mask).last_hidden_state
-        for paths in torch.arange(num_samples).split(max_rows):
-            where = (part, slice(int(paths[0]), int(paths[-1]) + 1))
-            decoder = _Decoder(model, memory, mask, num_paths=len(paths), num_steps=prediction_length)
-            tokens[where] = _draw_paths(decoder, uniforms[where], suppressed, temperature, top_k, top_p)
+    series_step, paths_step = max(1, max_rows // num_samples), min(max_rows, num_samples)
+    for first in range(0, batch, series_step):
+        series = slice(first, first + series_step)
+        mask = attention_mask[series]
+        memory = model.encoder(input_ids=input_ids[series], attention_mask=mask).last_hidden_state
+        for start in range(0, num_samples, paths_step):
+            where = (series, slice(start, start + paths_step))
+            numbers = uniforms[where]
+            decoder = _Decoder(model, memory, mask, num_paths=numbers.shape[1], num_steps=prediction_length)
+            tokens[where] = _draw_paths(decoder, numbers, suppressed, temperature, top_k, top_p)
     return tokens
 
 
@@ -185,15 +187,15 @@ class _Decoder:
     def _attend_to_path(self, index: int, hidden: Tensor) -> Tensor:
         attention = self.blocks[index].layer[0].SelfAttention
         rows, heads, width = len(hidden), attention.n_heads, attention.key_value_proj_dim
-        query = attention.q(hidden).view(rows * heads, 1, width)
+        query = attention.q(hidden).reshape(rows * heads, 1, width)
         key, value = attention.k(hidden), attention.v(hidden)
         if index == len(self.self_cache):
             shape = (rows * heads, self.num_steps, width)
             self.self_cache.append((key.new_empty(shape), value.new_empty(shape)))
         keys, values = self.self_cache[index]
         now = self.position
-        keys[:, now] = key.view(rows * heads, width)
-        values[:, now] = value.view(rows * heads, width)
+        keys[:, now] = key.reshape(rows * heads, width)
+        values[:, now] = value.reshape(rows * heads, width)
         scores = torch.bmm(query, keys[:, : now + 1].transpose(1, 2)).view(rows, heads, now + 1)
         weights = (scores + self.bias[:, now, : now + 1]).softmax(-1).to(values.dtype)
         context = torch.bmm(weights.view(rows * heads, 1, now + 1), values[:, : now + 1])
@@ -201,16 +203,16 @@ class _Decoder:
 
     def _attend_to_context(self, index: int, hidden: Tensor) -> Tensor:
         attention = self.blocks[index].layer[1].EncDecAttention
-        query = self._by_head(attention, attention.q(hidden).view(self.batch, self.num_paths, -1))
+        query = self._by_head(attention, attention.q(hidden).reshape(self.batch, self.num_paths, -1))
         keys, values = self.cross_cache[index]
         context = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=self.mask, scale=1.0)
         return cast(Tensor, attention.o(context.transpose(1, 2).reshape(len(hidden), -1)))
 
     @staticmethod
-    def _by_head(attention: nn.Module, states: Tensor) -> Tensor:
+    def _by_head(attention: modeling_t5.T5Attention, states: Tensor) -> Tensor:
         """Turn ``(batch, length, heads * d_kv)`` into ``(batch, heads, length, d_kv)``."""
         batch, length, _ = states.shape
-        return states.view(batch, length, attention.n_heads, attention.key_value_proj_dim).transpose(1, 2)
+        return states.reshape(batch, length, attention.n_heads, attention.key_value_proj_dim).transpose(1, 2)
 
 
 def _draw_paths(
