@@ -107,13 +107,13 @@ def resolve(checkpoint: Checkpoint, *, bundled: dict[str, Path]) -> tuple[Path, 
 
 def _download(checkpoint: Checkpoint, bundled: list[str]) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(
             snapshot_download(checkpoint.name, revision=checkpoint.revision, allow_patterns=["*.json", "*.safetensors"])
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"checkpoint {str(checkpoint)!r} cannot be fetched from the hub ({type(error).__name__}:"
             f" {str(error).splitlines()[0] if str(error) else 'no reason given'}); check the name and the network, name"

@@ -103,7 +103,12 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         super().__init__()
         if prediction_length <= 0:
             raise ValueError(f"prediction_length {prediction_length} is not positive; name the steps to forecast")
-        for name, value in (("context_length", context_length), ("min_context", min_context)):
+        for name, value in (
+            ("context_length", context_length),
+            ("min_context", min_context),
+            ("validation_windows", validation_windows),
+            ("max_validation_windows", max_validation_windows),
+        ):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} {value} is not positive")
         if gate not in GATES:

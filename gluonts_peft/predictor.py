@@ -14,19 +14,20 @@ from typing import Any
 
 import torch
 from gluonts.dataset.common import Dataset
-from gluonts.dataset.util import forecast_start
 from gluonts.model.forecast import Forecast, QuantileForecast, SampleForecast
 from gluonts.model.predictor import Predictor
 
 from . import __version__
 from .adapters.base import AdapterError, load_adapter, versions
-from .backbone import Backbone, Trajectories
+from .backbone import Backbone, Source, Trajectories
+from .checkpoint import Checkpoint, CheckpointError
 from .registry import families, get_adapter
 from .training import Fit, Gate, resolve_device, to_device
 from .windows import context_batches
 
 __all__ = ["PeftPredictor", "PredictorError"]
 
+TYPE = "gluonts-config.json"
 CONFIG = "predictor.json"
 ADAPTER = "adapter"
 
@@ -142,20 +143,27 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             raise PredictorError(
                 "a merged predictor has no adapter to store; write the whole model with export(folder)"
             )
-        if (path / "gluonts-config.json").exists():
-            raise PredictorError(f"folder {str(path)!r} already holds a predictor; name another folder")
+        # The file that makes the folder a predictor comes last.
+        names = (ADAPTER, CONFIG, TYPE)
+        if used := [name for name in names if (path / name).exists()]:
+            raise PredictorError(f"folder {str(path)!r} is in use: it holds {used[0]!r}; name another folder")
+        existed = path.exists()
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as temporary:
-            partial = Path(temporary)
-            adapter = self.backbone.adapter
-            if adapter is not None and adapter.num_parameters():
-                adapter.save(partial / ADAPTER)
-            (partial / CONFIG).write_text(json.dumps(self._config(), indent=1) + "\n")
-            super().serialize(partial)
-            # The file that makes the folder a predictor comes last.
-            for name in (ADAPTER, CONFIG, "gluonts-config.json"):
-                if (partial / name).exists():
-                    os.replace(partial / name, path / name)
+        try:
+            with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as temporary:
+                partial = Path(temporary)
+                adapter = self.backbone.adapter
+                if adapter is not None and adapter.num_parameters():
+                    adapter.save(partial / ADAPTER)
+                (partial / CONFIG).write_text(json.dumps(self._config(), indent=1) + "\n")
+                super().serialize(partial)
+                for name in names:
+                    if (partial / name).exists():
+                        os.replace(partial / name, path / name)
+        except BaseException:
+            if not existed:
+                shutil.rmtree(path)
+            raise
 
     def _config(self) -> dict[str, Any]:
         adapter = self.backbone.adapter
@@ -197,32 +205,31 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 f"deserialize() has no option {next(iter(unknown_options))!r}; it has device and checkpoint"
             )
         path = Path(path)
-        file = path / CONFIG
+        stored = _read(path)
+        base: Source = stored["base"]
+        # By its kind, so that a folder that is gone is not looked for on the hub.
+        where = checkpoint if checkpoint is not None else Checkpoint(base.kind, base.checkpoint, base.revision)
+        backbone_class: type[Backbone] = families.get(stored["family"]).backbone_class
         try:
-            config = json.loads(file.read_text())
-            base = config["base"]
-            family, adapter = config["family"], config["adapter"]
-            where = checkpoint if checkpoint is not None else _where(base)
-            lengths = {name: config[name] for name in ("prediction_length", "context_length")}
-            settings = {name: config[name] for name in ("batch_size", "seed")}
-            fit = None if config["fit"] is None else Fit(**{**config["fit"], "gate": Gate(**config["fit"]["gate"])})
-        except FileNotFoundError as error:
-            raise PredictorError(f"folder {str(path)!r} holds no predictor: it has no {CONFIG}") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
-        backbone_class: type[Backbone] = families.get(family).backbone_class
-        backbone = backbone_class.from_checkpoint(where, **lengths, **config.get("backbone_options", {}))
-        if backbone.source.fingerprint != base["fingerprint"]:
+            backbone = backbone_class.from_checkpoint(where, **stored["lengths"], **stored["backbone_options"])
+        except CheckpointError as error:
             raise PredictorError(
-                f"predictor in {str(path)!r} rests on base weights with fingerprint {base['fingerprint'][:12]}…, but"
+                f"base weights of the predictor in {str(path)!r} cannot be loaded: {error}; if they lie elsewhere now,"
+                " name the place with checkpoint=..."
+            ) from error
+        if backbone.source.fingerprint != base.fingerprint:
+            raise PredictorError(
+                f"predictor in {str(path)!r} rests on base weights with fingerprint {base.fingerprint[:12]}…, but"
                 f" {str(where)!r} has {backbone.source.fingerprint[:12]}…; name the right weights with checkpoint=..."
             )
-        if adapter is not None:
+        if stored["adapter"] is not None:
             load_adapter(path / ADAPTER, backbone)
-        return cls(backbone, fit=fit, device=device, **settings)
+        return cls(backbone, fit=stored["fit"], device=device, **stored["settings"])
 
     def swap(self, adapter: str | Path) -> None:
         """Exchange the adapter in place; the base weights stay in memory.
+
+        ``fit`` becomes that of the predictor that the adapter comes from, None for a bare adapter.
 
         Parameters
         ----------
@@ -231,25 +238,26 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
 
         Raises
         ------
-        AdapterError
-            If it does not fit; the adapter that was attached stays.
+        AdapterError, PredictorError
+            If it does not fit or is damaged; the adapter that was attached stays.
         """
         if self.merged:
             raise AdapterError("a merged predictor cannot exchange its adapter: it is part of the weights now")
-        folder = Path(adapter)
+        folder, fit = Path(adapter), None
         if (folder / CONFIG).is_file():
-            folder = folder / ADAPTER
+            folder, fit = folder / ADAPTER, _read(folder)["fit"]
         old = self.backbone.adapter
         if old is None:
             load_adapter(folder, self.backbone)
-            return
-        spec, state = old.spec, {name: tensor.detach().clone() for name, tensor in old.state_dict().items()}
-        old.detach()
-        try:
-            load_adapter(folder, self.backbone)
-        except BaseException:
-            get_adapter(spec).attach(self.backbone).load_state_dict(state)
-            raise
+        else:
+            spec, state = old.spec, {name: tensor.detach().clone() for name, tensor in old.state_dict().items()}
+            old.detach()
+            try:
+                load_adapter(folder, self.backbone)
+            except BaseException:
+                get_adapter(spec).attach(self.backbone).load_state_dict(state)
+                raise
+        self.fit = fit
 
     def merge(self) -> None:
         """Fold the adapter into the base weights, in place: same forecasts, no adapter left.
@@ -259,9 +267,11 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         AdapterError
             If the method cannot be merged.
         """
-        if self.backbone.adapter is not None:
-            self.merged = self.backbone.adapter.num_parameters() > 0 or self.merged
-            self.backbone.adapter.merge()
+        adapter = self.backbone.adapter
+        if adapter is not None:
+            changed = adapter.num_parameters() > 0
+            adapter.merge()
+            self.merged = self.merged or changed
 
     def export(self, folder: str | Path) -> None:
         """Write base and adapter, merged, in the family's own layout, for use without this project.
@@ -295,16 +305,38 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             raise
 
 
-def _where(base: Mapping[str, Any]) -> str:
-    """Return the name under which the base weights were found when they were used."""
-    return f"{base['checkpoint']}@{base['revision']}" if base.get("revision") else str(base["checkpoint"])
+def _read(folder: Path) -> dict[str, Any]:
+    """Return what :meth:`PeftPredictor.serialize` recorded.
+
+    Raises
+    ------
+    PredictorError
+        If there is no record, or it is damaged.
+    """
+    file = folder / CONFIG
+    try:
+        config = json.loads(file.read_text())
+        fit = config["fit"]
+        return {
+            "family": str(config["family"]),
+            "base": Source(**{name: value and str(value) for name, value in config["base"].items()}),
+            "lengths": {name: int(config[name]) for name in ("prediction_length", "context_length")},
+            "backbone_options": dict(config["backbone_options"]),
+            "adapter": config["adapter"],
+            "settings": {name: int(config[name]) for name in ("batch_size", "seed")},
+            "fit": None if fit is None else Fit(**{**fit, "gate": Gate(**fit["gate"])}),
+        }
+    except FileNotFoundError as error:
+        raise PredictorError(f"folder {str(folder)!r} holds no predictor: it has no {CONFIG}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories) -> Iterator[Forecast]:
     values = result.values.float().cpu().numpy()
     for entry, own in zip(entries, values, strict=True):
         common = {
-            "start_date": forecast_start(entry),
+            "start_date": entry["start"] + len(entry["target"]),
             "item_id": entry.get("item_id"),
             "info": entry.get("info"),
         }

@@ -170,6 +170,8 @@ def get_adapter(spec: str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]
             raise ValueError(f"adapter {dict(spec)!r} has no 'name'; write e.g. {{'name': 'lora', 'r': 2}}")
         rest = {str(key): value for key, value in spec.items() if key != "name"}
         return get_adapter(str(spec["name"]), **rest, **options)
+    if not isinstance(spec, Iterable):
+        raise ValueError(f"adapter {spec!r} is a {type(spec).__name__}; name it, or write {{'name': 'lora', 'r': 2}}")
     from .adapters.hybrid import Hybrid
 
     return Hybrid([get_adapter(part) for part in spec])

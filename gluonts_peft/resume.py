@@ -31,6 +31,7 @@ def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
     OSError
         If the disk is full or the folder cannot be written; an earlier file of that name stays whole.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -43,6 +44,8 @@ def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"checkpoint {str(path)!r} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -71,7 +74,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{str(path)!r} is not a training checkpoint of this project, or is damaged: {error}"
         ) from error
-    state: dict[str, Any] = _decode(json.loads(header), tensors)
+    try:
+        state: dict[str, Any] = _decode(json.loads(header), tensors)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is a damaged training checkpoint: {error!r}") from error
     return state
 
 

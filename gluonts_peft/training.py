@@ -6,6 +6,7 @@ So a run that was interrupted needs no state of its sampler, and ends with the s
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
@@ -191,8 +192,8 @@ class _Module(pl.LightningModule):
         self.rate = rate
         self.strict_loading = False
 
-    def training_step(self, _: Any, __: int) -> Tensor:
-        step = self.global_step
+    def training_step(self, _: Any, index: int) -> Tensor:
+        step = self.current_epoch * self.options.num_batches_per_epoch + index
         torch.manual_seed(_mix(self.options.seed, step))
         batch = to_device(self.windows.sample(step, self.options.batch_size), self.device)
         loss = self.backbone.loss(batch).mean()
@@ -241,12 +242,18 @@ def _rate(step: int, total: int, warmup: float) -> float:
 
 
 class _Keeper(Callback):
-    """Keeps the best weights in memory, and everything on disk after each epoch."""
+    """Keeps the best weights in memory, and everything on disk after each epoch; says when it is enough.
 
-    def __init__(self, adapter: Adapter, path: Path | None, run: Mapping[str, Any]) -> None:
+    Lightning's own early stopping forgets, when a run is resumed, that the run had stopped.
+    """
+
+    def __init__(self, adapter: Adapter, path: Path | None, run: Mapping[str, Any], patience: int) -> None:
         self.adapter = adapter
         self.path = path
         self.run = dict(run)
+        self.patience = patience
+        self.waited = 0
+        self.stopped = False
         self.best = math.inf
         self.weights: dict[str, Tensor] = {}
         self.history: list[dict[str, float]] = []
@@ -255,6 +262,7 @@ class _Keeper(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter() - self.seconds
+        trainer.should_stop = trainer.should_stop or self.stopped
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
@@ -262,10 +270,14 @@ class _Keeper(Callback):
         score = float(trainer.callback_metrics["val_loss"])
         if not math.isfinite(score):
             logger.warning("validation loss is %s after epoch %d: training stops", score, trainer.current_epoch)
-            trainer.should_stop = True
+            self.stopped = True
         elif score < self.best:
-            self.best = score
+            self.best, self.waited = score, 0
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
+        else:
+            self.waited += 1
+            self.stopped = self.waited == self.patience
+        trainer.should_stop = trainer.should_stop or self.stopped
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
@@ -283,6 +295,8 @@ class _Keeper(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "best": self.best,
+            "waited": self.waited,
+            "stopped": self.stopped,
             "weights": self.weights,
             "history": self.history,
             "seconds": self.seconds,
@@ -291,6 +305,7 @@ class _Keeper(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.weights = state_dict["best"], state_dict["weights"]
+        self.waited, self.stopped = state_dict["waited"], state_dict["stopped"]
         self.history, self.seconds = state_dict["history"], state_dict["seconds"]
 
 
@@ -373,16 +388,19 @@ def fit(
         run = {
             "adapter": adapter.spec,
             "base": asdict(backbone.source),
+            "backbone_options": backbone.options,
             "data": windows.store.fingerprint(),
-            "lengths": [backbone.context_length, backbone.prediction_length],
+            "validation": _digest(validation),
+            "windows": {
+                name: getattr(windows, name)
+                for name in ("context_length", "prediction_length", "min_context", "holdout", "seed")
+            },
             "options": {**asdict(options), "learning_rate": rate, "device": device.type},
         }
         path, start = _checkpoints(folder, ckpt_path, run)
-        keeper = _Keeper(adapter, path, run)
+        keeper = _Keeper(adapter, path, run, options.patience)
         extra = dict(trainer_kwargs or {})
         callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
-        if options.patience:
-            callbacks.insert(0, EarlyStopping("val_loss", patience=options.patience, check_finite=False))
         if progress:
             callbacks.append(_Bar(options.total_steps, repr(adapter)))
         module = _Module(backbone, adapter, windows, options, rate).train()
@@ -427,11 +445,9 @@ def _checkpoints(
         if path is None:
             raise ValueError("ckpt_path 'last' needs the folder of the earlier run; name it as `folder`")
         start = path if path.is_file() else None
-    elif ckpt_path is not None:
-        start = Path(ckpt_path)
     else:
-        start = None
-        if path is not None and path.is_file():
+        start = None if ckpt_path is None else Path(ckpt_path)
+        if path is not None and path.is_file() and not (start is not None and path.samefile(start)):
             raise ValueError(
                 f"folder {str(folder)!r} already holds a training run; pass ckpt_path='last' to go on with it, or name"
                 " another folder"
@@ -445,6 +461,14 @@ def _checkpoints(
                 f" ({_first_difference(earlier, run, differing[0])})"
             )
     return path, start
+
+
+def _digest(batches: Iterable[Mapping[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(np.ascontiguousarray(batch[name]).data)
+    return digest.hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -67,7 +67,7 @@ class AdaLora(PeftAdapter):
             for matrix in (layer.lora_A["default"], layer.lora_B["default"].T):
                 gram = matrix @ matrix.T
                 terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
-        return config.orth_reg_weight * torch.stack(terms).mean()
+        return torch.stack(terms).mean() * float(config.orth_reg_weight)
 
     def training_state(self) -> dict[str, Tensor]:
         allocator = self._tuner.rankallocator

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..registry import unknown
-from .base import RECORD, Adapter, AdapterError, copy_into
+from .base import RECORD, Adapter, AdapterError, copy_into, unwrapped
 from .dense import make_dense
 
 if TYPE_CHECKING:
@@ -178,6 +178,11 @@ class PeftAdapter(Adapter):
 
         return str(PEFT_TYPE_TO_PREFIX_MAPPING[self.method.peft_type()])
 
+    @property
+    def _stem(self) -> str:
+        # VeRA's prefix names its diagonals alone; its projections share the first word.
+        return self.prefix.partition("_")[0] + "_"
+
     def peft_config(self, backbone: Backbone) -> Any:
         """Return the PEFT configuration for a backbone.
 
@@ -287,9 +292,9 @@ class PeftAdapter(Adapter):
             found = get_peft_model_state_dict(holder, save_embedding_layers=False)
         # Wrappers of later parts of a hybrid add `base_layer` to the path; a tensor of an adapter never lies in one.
         return {
-            name.replace(".base_layer.", "."): tensor
+            unwrapped(name): tensor
             for name, tensor in found.items()
-            if any(part.startswith(self.prefix) for part in name.split("."))
+            if any(part.startswith(self._stem) for part in name.split("."))
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -299,10 +304,11 @@ class PeftAdapter(Adapter):
         """Return the SHA-256 of random tensors that are drawn again instead of stored, or None if there are none."""
         from safetensors.torch import save
 
+        stored = {tensor.data_ptr() for tensor in self.state_dict().values()}
         drawn = {
             name: tensor.detach().cpu().contiguous()
             for name, tensor in self._tuner.named_buffers()
-            if name.rpartition(".")[0].rpartition(".")[2].startswith(self.prefix)
+            if name.rpartition(".")[0].rpartition(".")[2].startswith(self._stem) and tensor.data_ptr() not in stored
         }
         unique = {tensor.data_ptr(): tensor for _, tensor in sorted(drawn.items())}
         if not unique:
@@ -368,11 +374,13 @@ def from_peft(folder: Path, backbone: Backbone) -> Adapter:
             f" {', '.join(method.name for method in TABLE)}"
         )
     method = next((row for row in rows if row.name == "dora"), rows[0]) if getattr(config, "use_dora", 0) else rows[0]
-    plain = method.config_class()()
+    # AdaLoRA's length is known when training starts, and PEFT makes no configuration without one.
+    length = {"total_step": 1} if hasattr(config, "total_step") else {}
+    plain = method.config_class()(**length)
     options = {}
     for item in fields(config):
         value = getattr(config, item.name)
-        if item.name in _OURS:
+        if item.name in _OURS or item.name in length:
             continue
         if value != getattr(plain, item.name) or item.name in method.defaults:
             options[item.name] = sorted(value) if isinstance(value, set) else value

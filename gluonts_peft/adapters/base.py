@@ -8,6 +8,7 @@ checkpoint and fingerprint, versions), and for methods of PEFT also ``adapter_co
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from ..registry import get_adapter
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["Adapter", "AdapterError", "load_adapter", "read_tensors", "versions"]
+__all__ = ["Adapter", "AdapterError", "load_adapter", "read_tensors", "unwrapped", "versions"]
 
 RECORD = "gluonts_peft.json"
 TENSORS = "adapter_model.safetensors"
@@ -98,6 +99,8 @@ class Adapter(ABC):
     def _bind(self, backbone: Backbone) -> None:
         """Make this adapter's parameters, and nothing else, trainable."""
         self.backbone = backbone
+        # New modules start in training mode whatever the mode of those around them.
+        backbone.network.train(backbone.network.training)
         backbone.network.requires_grad_(False)
         for parameter in self.parameters():
             parameter.requires_grad_(True)
@@ -209,7 +212,12 @@ class Adapter(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_config(folder)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.state_dict().items():
+            stored = tensor.detach().cpu().contiguous()
+            # The format has no aliases; RandLora's stored bases are one tensor under many names.
+            alias = any(stored.data_ptr() == other.data_ptr() for other in tensors.values())
+            tensors[name] = stored.clone() if alias else stored
         save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
         self._write_record(folder, backbone)
 
@@ -277,6 +285,11 @@ def copy_into(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], owner:
         target.data.copy_(state[name])
 
 
+def unwrapped(name: str) -> str:
+    """Return a tensor's name as it is without the wrappers of other adapters, one or several, around its module."""
+    return re.sub(r"(\.base_layer)+\.", ".", name)
+
+
 def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = True) -> Adapter:
     """Attach a saved adapter to a backbone.
 
@@ -301,12 +314,13 @@ def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = T
         try:
             record = json.loads(record_path.read_text())
             spec, base = record["adapter"], record["base"]
+            stored, checkpoint = str(base["fingerprint"]), base["checkpoint"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise AdapterError(f"{str(record_path)!r} is damaged: {type(error).__name__}: {error}") from error
-        if check_base and base["fingerprint"] != backbone.source.fingerprint:
+        if check_base and stored != backbone.source.fingerprint:
             raise AdapterError(
-                f"adapter in {str(folder)!r} was trained on {base['checkpoint']!r} with fingerprint"
-                f" {base['fingerprint'][:12]}…, this backbone is {backbone.source.checkpoint!r} with fingerprint"
+                f"adapter in {str(folder)!r} was trained on {checkpoint!r} with fingerprint"
+                f" {stored[:12]}…, this backbone is {backbone.source.checkpoint!r} with fingerprint"
                 f" {backbone.source.fingerprint[:12]}…; load the adapter's own base, or pass check_base=False"
             )
         adapter = get_adapter(spec)

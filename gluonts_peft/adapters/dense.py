@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["fourier_delta", "make_dense"]
+__all__ = ["fourier_delta", "make_dense", "vera_delta"]
 
 
 def make_dense(layer: Any) -> None:
@@ -68,8 +68,22 @@ class _Dense:
 def _delta(layer: Any) -> Tensor:
     if hasattr(layer, "fourierft_spectrum"):
         return fourier_delta(layer)
+    if hasattr(layer, "vera_lambda_b"):
+        return vera_delta(layer)
     delta: Tensor = layer.get_delta_weight("default")
     return delta
+
+
+def vera_delta(layer: Any) -> Tensor:
+    """Return the change of VeRA's weight, shape ``(out_features, in_features)``.
+
+    ``diag(b)`` is applied last, so that its gradient takes no product of matrices.
+    """
+    a = layer.vera_A["default"][:, : layer.in_features]
+    b = layer.vera_B["default"][: layer.out_features]
+    product: Tensor = b @ (layer.vera_lambda_d["default"][:, None] * a)
+    result: Tensor = layer.vera_lambda_b["default"][:, None] * product
+    return result
 
 
 def fourier_delta(layer: Any) -> Tensor:
@@ -91,4 +105,5 @@ def fourier_delta(layer: Any) -> Tensor:
         tables = (left.to(spectrum.dtype), right.to(spectrum.dtype).T.contiguous())
         layer._fourier_tables = tables
     left, right = tables
-    return (left * spectrum.repeat(2)) @ right
+    delta: Tensor = (left * spectrum.repeat(2)) @ right
+    return delta

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..registry import unknown
-from .base import Adapter, AdapterError, copy_into
+from .base import Adapter, AdapterError, copy_into, unwrapped
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -65,7 +65,7 @@ class Selective(Adapter):
                 if any(name == place or name.startswith(f"{place}.") for place in places)
             }
             chosen = {name: parameter for name, parameter in named.items() if id(parameter) in wanted}
-        self._chosen = {_plain(name): parameter for name, parameter in chosen.items()}
+        self._chosen = {unwrapped(name): parameter for name, parameter in chosen.items()}
         self._original = {name: parameter.detach().clone() for name, parameter in self._chosen.items()}
 
     @torch.no_grad()
@@ -88,11 +88,6 @@ class Selective(Adapter):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         copy_into(self._chosen, state, self)
-
-
-def _plain(name: str) -> str:
-    """Return a parameter's name as it is without wrappers of other adapters around its module."""
-    return name.replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class ChronosBackbone(Backbone):
     """What both architectures share. :meth:`from_network` picks the class that fits the network."""
 
     family = "chronos"
+    # Of the family; each architecture says its own.
+    capabilities = frozenset({"samples", "quantiles"})
     own_prediction_length: int
 
     @classmethod

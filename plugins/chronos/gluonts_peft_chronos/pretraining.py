@@ -52,6 +52,8 @@ class Recipe:
         Lengths of history with their probabilities: short ones cost little and are what short series need.
     batch_size, steps, learning_rate, warmup
         Optimisation: AdamW, linear warm-up, then half a cosine to zero.
+    daily
+        Share of daily seasons at an hourly step, see :func:`sample_series`.
     average
         Decay of the exponential moving average of the weights; the average is what is saved.
     """
@@ -64,6 +66,7 @@ class Recipe:
     learning_rate: float
     warmup: int = 500
     average: float = 0.999
+    daily: float = 0.0
     seed: int = 0
 
 
@@ -71,17 +74,18 @@ RECIPES = {
     "bolt-nano": Recipe(
         model=dict(d_model=80, d_kv=20, d_ff=320, num_layers=3, num_decoder_layers=2, num_heads=4, **_T5),
         chronos=dict(
-            context_length=512,
-            prediction_length=64,
-            input_patch_size=16,
-            input_patch_stride=16,
+            context_length=504,
+            prediction_length=72,
+            input_patch_size=24,
+            input_patch_stride=24,
             quantiles=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
             use_reg_token=True,
         ),
-        contexts={512: 0.5, 256: 0.2, 128: 0.15, 64: 0.1, 32: 0.05},
-        batch_size=256,
-        steps=10_000,
-        learning_rate=2e-3,
+        contexts={504: 0.5, 240: 0.2, 120: 0.15, 72: 0.1, 36: 0.05},
+        batch_size=128,
+        steps=9_000,
+        daily=0.5,
+        learning_rate=3e-3,
     ),
     "t5-nano": Recipe(
         model=dict(
@@ -172,7 +176,7 @@ def _batches(recipe: Recipe, device: torch.device) -> Iterator[tuple[torch.Tenso
     lengths, probabilities = list(recipe.contexts), list(recipe.contexts.values())
     longest, horizon = max(lengths), recipe.chronos["prediction_length"]
     while True:
-        pool = sample_series(rng, 4 * recipe.batch_size, longest + horizon, history=longest)
+        pool = sample_series(rng, 4 * recipe.batch_size, longest + horizon, history=longest, daily=recipe.daily)
         for batch in torch.from_numpy(pool).split(recipe.batch_size):
             history = batch[:, longest - int(rng.choice(lengths, p=probabilities)) : longest]
             label = batch[:, longest:]

@@ -21,7 +21,7 @@ _PERIODS = np.array([4, 5, 6, 7, 10, 12, 12, 14, 24, 24, 24, 24, 28, 30, 48, 48,
 
 
 def sample_series(
-    rng: np.random.Generator, batch_size: int, length: int, *, history: int | None = None
+    rng: np.random.Generator, batch_size: int, length: int, *, history: int | None = None, daily: float = 0.0
 ) -> NDArray[np.float32]:
     """Draw ``batch_size`` series.
 
@@ -35,6 +35,8 @@ def sample_series(
         Number of time steps of each.
     history
         Gaps are put into the first ``history`` steps only (default: all), so that labels stay observed.
+    daily
+        Share of the seasonal series whose period is 24, beyond those of the general mixture.
 
     Returns
     -------
@@ -44,7 +46,7 @@ def sample_series(
     time = np.arange(length, dtype=np.float64)
     parts = {
         "trend": (0.35, _trend(rng, batch_size, time)),
-        "season": (0.62, _seasons(rng, batch_size, time)),
+        "season": (0.62, _seasons(rng, batch_size, time, daily)),
         "smooth": (0.40, _smooth(rng, batch_size, length)),
         "autoregression": (0.50, _autoregression(rng, batch_size, length)),
     }
@@ -82,10 +84,12 @@ def _trend(rng: np.random.Generator, batch_size: int, time: Array) -> Array:
     return 3.0 * np.choose(kind, [linear, exponential, linear + 2.0 * bent, logistic])
 
 
-def _seasons(rng: np.random.Generator, batch_size: int, time: Array) -> Array:
+def _seasons(rng: np.random.Generator, batch_size: int, time: Array, daily: float) -> Array:
     common = rng.choice(_PERIODS, (batch_size, 1)).astype(np.float64)
     free = np.exp(rng.uniform(np.log(3.0), np.log(200.0), (batch_size, 1)))
     period = np.where(rng.random((batch_size, 1)) < 0.75, common, free)
+    if daily:
+        period = np.where(rng.random((batch_size, 1)) < daily, 24.0, period)
     values = _season(rng, batch_size, time, period)
     second = np.where(rng.random((batch_size, 1)) < 0.5, period * 7.0, rng.permutation(period))
     values += (

@@ -1,0 +1,39 @@
+# make install   .venv with everything that the other targets need
+# make demo      adapt the bundled model to ICU-like vitals with every adapter; report in runs/demo/report.html
+# make test      lint, types and the whole test suite
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= runs/demo
+JOBS ?= 2
+
+.PHONY: install demo test check fix quick bench
+
+install: .venv/.complete
+
+.venv/.complete: setup.cfg pyproject.toml constraints.txt plugins/chronos/pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" --editable plugins/chronos
+	touch $@
+
+demo: install
+	$(BIN)/gluonts-peft demo --out $(OUT) --jobs $(JOBS) $(if $(DATA),--data $(DATA))
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90 -q
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quick: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/test_matrix.py
+
+bench: install
+	$(BIN)/python tests/benchmarks/bench.py

@@ -1,0 +1,517 @@
+"""What a trial and a study are, as plain data: read from YAML, checked at once, and put into a normal form.
+
+Equal trials are equal data: defaults are filled in, options without effect are refused or reset, and a spec's
+:meth:`TrialSpec.hash` is the name of its folder. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..registry import Registry, adapters, families, unknown
+
+__all__ = [
+    "BASELINE",
+    "DataSpec",
+    "SpecError",
+    "StudySpec",
+    "TrainingSpec",
+    "TrialResult",
+    "TrialSpec",
+    "describe_adapter",
+    "load_study",
+]
+
+BASELINE = "baseline"
+RESULT = "result.json"
+
+Baseline = Literal["seasonal_naive", "last_value"]
+Source = Literal["simulated", "hourly", "file"]
+
+_OWN_OPTIONS: dict[str, dict[str, Any]] = {
+    "simulated": {"patients": 200, "hours": 48, "seed": 0},
+    "hourly": {"min_hours": 48},
+    "file": {"freq": None},
+}
+
+
+class SpecError(ValueError):
+    """A spec cannot be used; the message lists every fault.
+
+    Parameters
+    ----------
+    what
+        The thing that is wrong, e.g. ``"trial"``.
+    faults
+        A sentence each, with the path of the option.
+    """
+
+    def __init__(self, what: str, faults: Sequence[str]) -> None:
+        self.what = what
+        self.faults = list(dict.fromkeys(faults))
+        count = len(self.faults)
+        text = self.faults[0] if count == 1 else f"{count} faults" + "".join(f"\n- {fault}" for fault in self.faults)
+        super().__init__(f"{what} cannot be used: {text}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.faults)
+
+
+class _Spec(BaseModel):
+    """Immutable, without unknown keys, and with readable errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SpecError(type(self).__name__.removesuffix("Spec").lower(), _faults(type(self), error)) from None
+
+    # Without this mark pydantic would call __init__ for nested specs too, and their faults would lose their path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def normal_form(self) -> dict[str, Any]:
+        """Return the spec as JSON values, all defaults spelled out."""
+        form: dict[str, Any] = self.model_dump(mode="json")
+        return form
+
+
+class DataSpec(_Spec):
+    """Which series, and how they are divided.
+
+    Parameters
+    ----------
+    source
+        ``"simulated"`` (:func:`gluonts_peft.vitals.simulate_vitals`: no patient ever had these values), ``"hourly"``
+        (:func:`gluonts_peft.vitals.load_hourly`) or ``"file"`` (:func:`gluonts_peft.data.read_dataset`).
+    path
+        File or folder, for the sources that read one.
+    patients, hours, seed
+        Of the simulator; 200, 48 and 0 if not given.
+    min_hours
+        Of the hourly table: shorter stays are left out; 48 if not given.
+    freq
+        Of a file, where it cannot be inferred.
+    vital
+        Keep the series of one vital sign: those whose item id ends in ``/<vital>``. None keeps all.
+    group
+        What is never divided: ``"patient"`` (what comes before the ``/`` of an item id) or ``"item"``. By default
+        ``"patient"``, for files ``"item"``.
+    fractions
+        Shares of training, validation and test groups. Without a validation share the last steps of the training
+        series are held out for it.
+    split_seed
+        Seed of the division.
+    windows
+        Test windows a series, the last ones, each a horizon apart.
+    """
+
+    source: Source = "simulated"
+    path: str | None = None
+    patients: int | None = Field(default=None, gt=0)
+    hours: int | None = Field(default=None, gt=0)
+    seed: int | None = Field(default=None, ge=0)
+    min_hours: int | None = Field(default=None, gt=0)
+    freq: str | None = None
+    vital: str | None = None
+    group: Literal["patient", "item"] | None = None
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    split_seed: int = Field(default=0, ge=0)
+    windows: int = Field(default=3, gt=0)
+
+    @model_validator(mode="after")
+    def _normal(self) -> DataSpec:
+        for source, options in _OWN_OPTIONS.items():
+            for name, default in options.items():
+                value = getattr(self, name)
+                if source == self.source and value is None:
+                    self._set(name, default)
+                elif source != self.source and value is not None:
+                    raise ValueError(f"{name} {value!r} belongs to source {source!r}, not to {self.source!r}; drop it")
+        if self.source == "simulated" and self.path is not None:
+            raise ValueError(f"path {self.path!r} has no use for source 'simulated'; name source 'hourly' or 'file'")
+        if self.source != "simulated" and not self.path:
+            raise ValueError(f"source {self.source!r} needs a path; name the file as data.path")
+        if self.group is None:
+            self._set("group", "item" if self.source == "file" else "patient")
+        train, validation, test = self.fractions
+        if min(train, test) <= 0 or validation < 0 or abs(sum(self.fractions) - 1) > 1e-6:
+            raise ValueError(
+                f"fractions {self.fractions} must be shares of training, validation and test that add up to 1, training"
+                " and test above 0, as (0.7, 0.1, 0.2) are"
+            )
+        return self
+
+
+class TrainingSpec(_Spec):
+    """How to train: the arguments of :class:`gluonts_peft.PeftEstimator` of the same names, with its defaults."""
+
+    max_epochs: int = Field(default=10, gt=0)
+    num_batches_per_epoch: int = Field(default=50, gt=0)
+    batch_size: int = Field(default=32, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    gradient_clip_val: float = Field(default=1.0, ge=0)
+    patience: int = Field(default=5, ge=0)
+    min_context: int | None = Field(default=None, gt=0)
+    validation_windows: int = Field(default=1, gt=0)
+    max_validation_windows: int = Field(default=1024, gt=0)
+    device: str = "auto"
+    precision: str = "auto"
+
+
+class TrialSpec(_Spec):
+    """One fine-tuning and its backtest.
+
+    Parameters
+    ----------
+    family
+        Model family, or ``"baseline"``: then ``checkpoint`` is ``"seasonal_naive"`` or ``"last_value"``.
+    checkpoint
+        Bundled name, local folder or hub id with an optional ``@revision``.
+    adapter
+        A name, a mapping with a name and options, or a list of these. ``"none"`` is zero-shot.
+    prediction_length, context_length
+        Steps to forecast, and steps of history that the model sees at most.
+    backbone_options
+        Options of the family.
+    training
+        How to train. Reset to the defaults where nothing trains.
+    data
+        Which series.
+    seed
+        Decides initialisation, training windows, dropout and sample paths. Baselines have seed 0.
+
+    Raises
+    ------
+    SpecError
+        If anything is unknown or has a value that cannot be used; all faults are listed.
+    """
+
+    family: str
+    checkpoint: str
+    adapter: Any = "lora"
+    prediction_length: int = Field(gt=0)
+    context_length: int | None = Field(default=None, gt=0)
+    backbone_options: dict[str, Any] = Field(default_factory=dict)
+    training: TrainingSpec = Field(default_factory=TrainingSpec)
+    data: DataSpec = Field(default_factory=DataSpec)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _normal(self) -> TrialSpec:
+        if self.family == BASELINE:
+            if self.checkpoint not in get_args(Baseline):
+                raise ValueError(unknown("baseline", self.checkpoint, get_args(Baseline)))
+            if self.adapter != "none":
+                raise ValueError(f"adapter {self.adapter!r} cannot tune a baseline; write adapter 'none'")
+            self._set("context_length", None)
+            self._set("backbone_options", {})
+            self._set("seed", 0)
+        else:
+            _check_known(families, self.family, BASELINE)
+        self._set("adapter", _normal_adapter(self.adapter))
+        if self.adapter == "none":
+            kept = {name: getattr(self.training, name) for name in ("device", "precision")}
+            self._set("training", TrainingSpec() if self.family == BASELINE else TrainingSpec(**kept))
+        return self
+
+    def hash(self) -> str:
+        """Return the SHA-256 of the normal form, in hexadecimal."""
+        text = json.dumps(self.normal_form(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def name(self) -> str:
+        """Return a short name for people; it need not be unique."""
+        parts = [self.data.vital] if self.data.vital else []
+        if self.family == BASELINE:
+            return " ".join([self.checkpoint, *parts])
+        return " ".join([self.checkpoint, describe_adapter(self.adapter), *parts, f"seed {self.seed}"])
+
+
+class TrialResult(_Spec):
+    """What a trial found.
+
+    Parameters
+    ----------
+    spec
+        The trial.
+    status, error
+        ``"finished"``, or ``"failed"`` with the reason.
+    scores
+        Metric to value over all test windows, as :func:`gluonts_peft.backtest` names them; of the tuned model, whatever
+        the gate says. The trial with adapter ``"none"`` holds the zero-shot scores on the same windows. None where a
+        score is not finite.
+    counts
+        Series and windows that were scored, and how many were skipped for which reason.
+    gate
+        Validation losses ``zero_shot`` and ``tuned``, the number of ``windows``, whether tuning ``passed``; None where
+        nothing trains.
+    trainable_parameters, epochs, steps, learning_rate
+        Of the training; None for baselines.
+    seconds, seconds_forecast, seconds_total
+        Of training with its validations, of forecasting the test windows, and of the trial with loading.
+    peak_memory_mb
+        See :func:`gluonts_peft.trials.run.run_trial`.
+    device
+        Where the model ran.
+    adapter
+        Folder of the predictor, relative to that of the trial.
+    base
+        Source and fingerprint of the pretrained weights.
+    data_fingerprint
+        SHA-256 over the three parts of the data.
+    versions
+        Of everything that decides the numbers.
+    """
+
+    spec: TrialSpec
+    status: Literal["finished", "failed"]
+    error: str | None = None
+    scores: dict[str, float | None] = Field(default_factory=dict)
+    counts: dict[str, int] = Field(default_factory=dict)
+    gate: dict[str, float | int | bool | None] | None = None
+    trainable_parameters: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    seconds: float | None = None
+    seconds_forecast: float | None = None
+    seconds_total: float | None = None
+    peak_memory_mb: float | None = None
+    device: str | None = None
+    adapter: str | None = None
+    base: dict[str, str | None] | None = None
+    data_fingerprint: str | None = None
+    versions: dict[str, str] = Field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``result.json`` into a folder, whole or not at all."""
+        write_atomically(folder / RESULT, json.dumps(self.normal_form(), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> TrialResult | None:
+        """Read ``result.json`` of a folder; None if there is none.
+
+        Raises
+        ------
+        SpecError
+            If the file is damaged.
+        """
+        path = folder / RESULT
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise SpecError(f"'{path}'", [f"{error}; delete the file to run the trial again"]) from error
+
+
+class StudySpec(_Spec):
+    """Many trials from a grid.
+
+    Parameters
+    ----------
+    title
+        Heading of the report.
+    base
+        What all trials share.
+    grid
+        Dotted path into the trial -> values; every combination is a trial.
+    baselines
+        ``"seasonal_naive"`` and ``"last_value"``: run once on each combination of data and horizon.
+
+    Raises
+    ------
+    SpecError
+        If a path or value cannot be used in any of the trials; all faults are listed.
+    """
+
+    title: str = "Study"
+    base: dict[str, Any]
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
+    baselines: tuple[Baseline, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> StudySpec:
+        faults = [
+            f"grid path {path!r} has no values; name at least one" for path, each in self.grid.items() if not each
+        ]
+        if not faults:
+            for form in self.forms():
+                try:
+                    TrialSpec(**form)
+                except SpecError as error:
+                    faults.extend(error.faults)
+        if faults:
+            raise SpecError("study", faults)
+        return self
+
+    def forms(self) -> Iterator[dict[str, Any]]:
+        """Return the base with each combination of the grid's values in it, the last path varying fastest."""
+        for values in itertools.product(*self.grid.values()):
+            yield _merged(self.base, dict(zip(self.grid, values, strict=True)))
+
+
+def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> StudySpec:
+    """Read a study from a YAML file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    overrides
+        Dotted paths and values that replace those of the file: ``title`` and ``baselines`` of the study; any other path
+        is one of the trial, as ``"training.max_epochs"``. A path that the grid varies gets these values instead, a list
+        of them or a single one. With another ``data.source`` the options of the file's own source are dropped.
+
+    Raises
+    ------
+    SpecError
+        If the file is missing, is not YAML, or holds or gets anything that cannot be used; all faults are listed.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"study '{path}'", [f"it cannot be read: {error.strerror}"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"study '{path}'", [f"it is not YAML: {error}"]) from error
+    if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
+        raise SpecError(f"study '{path}'", ["expected a mapping with the keys base, grid, baselines and title"])
+    grid = dict(form.get("grid") or {})
+    changes = {}
+    for name, value in (overrides or {}).items():
+        if name in ("title", "baselines"):
+            form[name] = value
+        elif name in grid:
+            grid[name] = list(value) if isinstance(value, list | tuple) else [value]
+        else:
+            changes[name] = value
+    try:
+        return StudySpec(**{**form, "grid": grid, "base": _merged(form["base"], changes)})
+    except SpecError as error:
+        raise SpecError(f"study '{path}'", error.faults) from None
+
+
+def describe_adapter(adapter: Any) -> str:
+    """Return an adapter's spec in words: ``"lora(r=4)"``, ``"layernorm + lora"``."""
+    if isinstance(adapter, list):
+        return " + ".join(describe_adapter(part) for part in adapter)
+    if isinstance(adapter, dict):
+        options = ", ".join(f"{key}={value}" for key, value in adapter.items() if key != "name")
+        return f"{adapter['name']}({options})"
+    return str(adapter)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a deep copy of a trial's mapping with values put at dotted paths, parents before children."""
+    form: dict[str, Any] = copy.deepcopy(dict(base))
+    source = values.get("data.source")
+    data = form.get("data")
+    if source is not None and isinstance(data, dict) and data.get("source", "simulated") != source:
+        foreign = {"path"}.union(*(options for name, options in _OWN_OPTIONS.items() if name != source))
+        form["data"] = {key: value for key, value in data.items() if key not in foreign}
+    for path in sorted(values, key=lambda path: path.count(".")):
+        *parents, last = path.split(".")
+        place = form
+        for depth, name in enumerate(parents):
+            if (depth, name) == (0, "adapter") and isinstance(place.get(name), str):
+                place[name] = {"name": place[name]}
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise SpecError(
+                    "trial", [f"{path!r} leads into {'.'.join(parents[: depth + 1])!r}, which is no mapping"]
+                )
+        place[last] = copy.deepcopy(values[path])
+    return form
+
+
+def _normal_adapter(adapter: Any) -> Any:
+    if isinstance(adapter, str):
+        _check_known(adapters, adapter)
+        return adapter
+    if isinstance(adapter, Mapping):
+        if not isinstance(adapter.get("name"), str):
+            raise ValueError(f"adapter {dict(adapter)!r} has no 'name'; write e.g. {{'name': 'lora', 'r': 2}}")
+        name = _normal_adapter(adapter["name"])
+        try:
+            options = json.loads(json.dumps({str(key): value for key, value in adapter.items() if key != "name"}))
+        except TypeError as error:
+            raise ValueError(f"adapter {dict(adapter)!r} holds what JSON cannot: {error}") from None
+        return {"name": name, **{key: options[key] for key in sorted(options)}} if options else name
+    if isinstance(adapter, list | tuple) and adapter:
+        parts = [_normal_adapter(part) for part in adapter]
+        return parts[0] if len(parts) == 1 else parts
+    raise ValueError(f"adapter {adapter!r} is not a name, a mapping with a name and options, or a list of these")
+
+
+_seen: dict[str, set[str]] = {}
+
+
+def _check_known(registry: Registry, name: str, *further: str) -> None:
+    # Reading the metadata of all installed distributions takes long next to everything else here.
+    if name in _seen.get(registry.kind, ()) or name in further:
+        return
+    names = _seen[registry.kind] = set(registry.names())
+    if name not in names:
+        raise ValueError(unknown(registry.kind, name, [*names, *further]))
+
+
+def _faults(model: type[BaseModel], error: ValidationError) -> list[str]:
+    faults = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        cause = item.get("ctx", {}).get("error")
+        if item["type"] == "extra_forbidden":
+            *parents, key = item["loc"]
+            where = f"{'.'.join(map(str, parents))}: " if parents else ""
+            faults.append(where + unknown("option", key, _fields_at(model, parents)))
+        elif item["type"] == "missing":
+            faults.append(f"{path} is missing")
+        elif isinstance(cause, SpecError):
+            faults.extend(cause.faults)
+        elif cause is not None:
+            faults.append(f"{path}: {cause}" if path else str(cause))
+        else:
+            faults.append(f"{path} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return faults
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        inner = model.model_fields[part].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)

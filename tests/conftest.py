@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _house_rules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One thread, so that sums have one order, and a home folder that nobody can write to, not even root."""
+    blocker = tmp_path_factory.mktemp("home") / "blocker"
+    blocker.touch()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        # No folder can be made below a file.
+        patch.setenv("HOME", str(blocker / "home"))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., dict[str, Tensor]]:
+    """Builder of batches: random walks on a level, some of the steps missing."""
+
+    def make(
+        size: int = 4, context: int = 48, prediction: int = 8, seed: int = 0, missing: float = 0.1
+    ) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        level = 20 + 80 * torch.rand(size, 1, generator=generator)
+        values = level + torch.randn(size, context + prediction, generator=generator).cumsum(1)
+        observed = (torch.rand(values.shape, generator=generator) >= missing).float()
+        # Every window keeps something to see and something to forecast.
+        observed[:, context - 2 : context + 1] = 1.0
+        values = values * observed
+        return {
+            "past_target": values[:, :context],
+            "past_observed_values": observed[:, :context],
+            "future_target": values[:, context:],
+            "future_observed_values": observed[:, context:],
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_dataset() -> Callable[..., list[dict[str, Any]]]:
+    """Builder of GluonTS datasets: series that return to a level of their own, so there is something to learn."""
+
+    def make(n: int, length: int, seed: int = 0, freq: str = "h") -> list[dict[str, Any]]:
+        generator = np.random.default_rng(seed)
+        levels = generator.uniform(20, 100, n)
+        noise = generator.standard_normal((n, length))
+        state, deviations = noise[:, 0], []
+        for t in range(length):
+            state = 0.6 * state + noise[:, t]
+            deviations.append(state)
+        targets = (levels[:, None] + np.stack(deviations, 1)).astype(np.float32)
+        start = pd.Period("2024-01-01 00:00", freq=freq)
+        return [{"item_id": f"item-{i}", "start": start, "target": target} for i, target in enumerate(targets)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., str]:
+    """Run a program in a fresh process and return what it prints."""
+    import subprocess
+    import sys
+
+    def run(program: str, cwd: Path | None = None, **environment: str) -> str:
+        import os
+
+        result = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env={**os.environ, **environment},
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run

@@ -1,0 +1,695 @@
+"""Every verb on small real data, and the very sentence of every error."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from gluonts_peft import cli, registry
+
+VERBS = ["families", "adapters", "fit", "forecast", "backtest", "study", "demo", "show"]
+SHORT = ["--horizon", "6", "--context", "48", "--epochs", "1", "--batches", "3", "--batch-size", "4", "--device", "cpu"]
+COMPLETE = {"gluonts-config.json", "predictor.json", "adapter"}
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], prog_name="gluonts-peft")
+
+
+def ok(*arguments: object) -> str:
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return str(result.stdout)
+
+
+def refused(*arguments: object) -> str:
+    """The sentence of an error that is one line and has no traceback."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, ""), result.output
+    line, end, rest = result.stderr.partition("\n")
+    assert (end, rest) == ("\n", "")
+    assert line.startswith("error: ")
+    return str(line.removeprefix("error: "))
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _matplotlib_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # Without a home folder matplotlib warns when it is imported, and what is on stderr is compared here.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "waves.csv"
+    steps, noise = np.arange(96), np.random.default_rng(0)
+    series = {name: 10 + level + 3 * np.sin(steps * np.pi / 12 + level) for level, name in enumerate("abc")}
+    times = pd.date_range("2024-01-01", periods=len(steps), freq="h")
+    frames = [
+        pd.DataFrame({"item_id": name, "timestamp": times, "target": values + noise.normal(0, 0.3, len(steps))})
+        for name, values in series.items()
+    ]
+    pd.concat(frames).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A tuned predictor's folder, and what `fit` printed; kept whatever the gate says."""
+    folder = tmp_path_factory.mktemp("models") / "lora"
+    return folder, ok("fit", data, "--out", folder, *SHORT, "--gate", "keep", "--adapter", '{"name": "lora", "r": 4}')
+
+
+@pytest.fixture(scope="module")
+def model(fitted: tuple[Path, str]) -> Path:
+    return fitted[0]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_ends_in_a_command_that_names_only_known_options(verb: str) -> None:
+    help_text = ok(verb, "--help")
+    example = help_text.rstrip().splitlines()[-1].strip()
+    assert example.startswith(f"gluonts-peft {verb}")
+    assert set(re.findall(r"--[a-z-]+", example)) <= set(re.findall(r"--[a-z-]+", help_text.replace(example, "")))
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom gluonts_peft.cli import app\n"
+        "try: app(['--help'], prog_name='gluonts-peft')\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'torch', 'gluonts', 'pandas', 'numpy', 'ray', 'gluonts_peft_chronos'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.findall(r"^  ([a-z]+)  ", done.stdout, re.MULTILINE) == VERBS
+    assert done.stdout.rstrip().splitlines()[-1].strip().startswith("gluonts-peft fit ")
+
+
+def test_version() -> None:
+    from gluonts_peft import __version__
+
+    assert ok("--version") == f"gluonts-peft {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["fit", "x.csv", "--horizn", "3"], "No such option: --horizn"),
+        (["backtest", "x.csv", "--window", "3"], "No such option: --window"),
+        (["forecat"], "No such command 'forecat'. Did you mean 'forecast'?"),
+        (["show"], "Missing argument 'FOLDER'."),
+    ],
+)
+def test_a_wrong_name_on_the_command_line_exits_2(arguments: list[str], sentence: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+
+
+def test_families_lists_the_plug_in() -> None:
+    header, row = [line for line in ok("families").splitlines() if line[:1] in "┃│"]
+    assert [cell.strip() for cell in header.strip("┃").split("┃")] == [
+        "family",
+        "distribution",
+        "version",
+        "bundled checkpoints",
+        "capabilities",
+    ]
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[:2] == ["chronos", "gluonts-peft-chronos"]
+    assert cells[3] == "bolt-nano, t5-nano"
+
+
+def test_a_plug_in_that_does_not_load_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = dict(registry.families._entry_points())
+    points["broken"] = EntryPoint("broken", "no_such_plug_in:Estimator", registry.families.group)
+    monkeypatch.setattr(registry.families, "_entry_points", lambda: points)
+    monkeypatch.setattr(registry.families, "_loaded", {})
+    output = ok("families")
+    assert "bolt-nano, t5-nano" in output
+    sentence = (
+        "family 'broken' of unknown unknown cannot be loaded from 'no_such_plug_in:Estimator':"
+        " ModuleNotFoundError: No module named 'no_such_plug_in'"
+    )
+    assert f"error: {sentence}" in output
+    assert refused("forecast", "x.csv", "--family", "broken", "--horizon", "3", "--out", "y.csv") == sentence
+
+
+def test_adapters_tells_where_they_go_and_counts_parameters() -> None:
+    plain, counted = ok("adapters"), ok("adapters", "--checkpoint", "bolt-nano")
+    assert "parameters" not in plain
+    assert re.search(r"│ lora +│ gluonts-peft \S+ │ 0.002 +│ q k v o +│$", plain, re.MULTILINE)
+    assert re.search(r"│ full +│ gluonts-peft \S+ │ 0.0001 +│ everything │$", plain, re.MULTILINE)
+    rows = {cells[1].strip(): cells[-2].strip() for line in counted.splitlines() if len(cells := line.split("│")) > 5}
+    assert list(rows) == registry.list_adapters()
+
+    from gluonts_peft import get_adapter, load_backbone
+
+    backbone = load_backbone("chronos", prediction_length=6, checkpoint="bolt-nano")
+    for name in ("none", "bitfit", "lora", "full"):
+        adapter = get_adapter(name).attach(backbone)
+        assert rows[name] == f"{adapter.num_parameters():,}"
+        adapter.detach()
+
+
+def test_an_adapter_that_does_not_load_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = dict(registry.adapters._entry_points())
+    points["broken"] = EntryPoint("broken", "gluonts_peft.registry:no_such_name", registry.adapters.group)
+    monkeypatch.setattr(registry.adapters, "_entry_points", lambda: points)
+    monkeypatch.setattr(registry.adapters, "_loaded", {})
+    output = ok("adapters")
+    assert (
+        "error: adapter 'broken' of unknown unknown cannot be loaded from 'gluonts_peft.registry:no_such_nam" in output
+    )
+    assert "│ lora " in output
+
+
+def test_fit_prints_what_came_out_and_leaves_only_the_predictor(fitted: tuple[Path, str]) -> None:
+    folder, output = fitted
+    assert re.fullmatch(
+        r"gate: +tuning (helped|did not help): validation loss \S+ zero-shot, \S+ tuned \(\S+ %, 3 windows\)\n"
+        r"adapter: +lora\(r=4\)\n"
+        r"trainable parameters: +17,920\n"
+        r"trained: +1 epochs, 3 steps, \d+\.\d seconds\n"
+        rf"predictor: +{re.escape(str(folder))} \(tuned\)\n",
+        output,
+    )
+    assert names(folder) == COMPLETE
+
+
+def test_fit_reads_named_columns_and_a_validation_file(data: Path, tmp_path: Path) -> None:
+    renamed = tmp_path / "renamed.csv"
+    pd.read_csv(data).rename(columns={"item_id": "who", "timestamp": "when", "target": "HR"}).to_csv(
+        renamed, index=False
+    )
+    columns = ["--item-id", "who", "--timestamp", "when", "--target", "HR", "--freq", "h"]
+    hybrid = ["--adapter", '["layernorm", {"name": "lora", "r": 1}]', "--gate", "keep"]
+    output = ok("fit", renamed, "--out", tmp_path / "model", "--validation", renamed, *columns, *hybrid, *SHORT)
+    assert "layernorm + lora(r=1)" in output
+    assert names(tmp_path / "model") == COMPLETE
+    forecasts = tmp_path / "forecasts.parquet"
+    assert refused("forecast", renamed, "--model", tmp_path / "model", "--out", forecasts).startswith(
+        "item_id 'item_id'"
+    )
+    assert run("forecast", renamed, "--model", tmp_path / "model", "--out", forecasts, *columns).exit_code == 0
+    assert len(pd.read_parquet(forecasts)) == 18
+
+
+def test_a_table_of_a_single_series_needs_no_column_with_names(data: Path, tmp_path: Path) -> None:
+    single = tmp_path / "ward.csv"
+    pd.read_csv(data).query("item_id == 'a'").drop(columns="item_id").to_csv(single, index=False)
+    run("forecast", single, "--item-id", "", "--horizon", "3", "--out", tmp_path / "out.csv")
+    assert set(pd.read_csv(tmp_path / "out.csv")["item_id"]) == {"ward"}
+
+
+def test_tuning_that_did_not_help(data: Path, tmp_path: Path) -> None:
+    harmful = ["fit", data, *SHORT, "--learning-rate", "3"]
+
+    result = run(*harmful, "--out", tmp_path / "fallback")
+    assert result.exit_code == 0
+    [line] = result.stderr.splitlines()
+    pattern = (
+        r"adapter lora on 'bolt-nano': tuning did not help: validation loss \S+ zero-shot, \S+ tuned \(.* windows\)"
+    )
+    assert re.fullmatch(
+        rf"warning: {pattern}; the zero-shot predictor is returned \(gate='keep' keeps the tuned\)", line
+    )
+    assert "trainable parameters: 8,960\n" in result.stdout
+    assert result.stdout.endswith(f"{tmp_path / 'fallback'} (zero-shot)\n")
+    assert names(tmp_path / "fallback") == COMPLETE - {"adapter"}
+
+    out = tmp_path / "strict"
+    result = run(*harmful, "--out", out, "--gate", "raise")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert re.fullmatch(rf"error: {pattern}\n", result.stderr)
+    assert names(out) == {"training"}
+
+    # The training is not lost: who wants the tuned model all the same need not repeat it.
+    assert f"{out} (tuned)" in ok(*harmful, "--out", out, "--gate", "keep", "--resume")
+    assert names(out) == COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--adapter", "lorra"], "adapter 'lorra' is unknown; did you mean 'lora'? known: adalora, bitfit,"),
+        (["--adapter", '{"name": "lora", "rr": 2}'], "adapter 'lora': option 'rr' is unknown;"),
+        (["--adapter", '{"r": 2}'], "adapter {'r': 2} has no 'name'; write e.g. {'name': 'lora', 'r': 2}"),
+        (
+            ["--adapter", '{"name": "lora"'],
+            "--adapter '{\"name\": \"lora\"' is not JSON: Expecting ',' delimiter: line 1 column 16 (char 15);"
+            ' write e.g. \'{"name": "lora", "r": 4}\'',
+        ),
+        (
+            ["--adapter", "[lora]"],
+            "--adapter '[lora]' is not JSON: Expecting value: line 1 column 2 (char 1);"
+            ' write e.g. \'{"name": "lora", "r": 4}\'',
+        ),
+        (
+            ["--adapter", '["lora"]'],
+            "a hybrid needs at least two adapters, got ['lora']; name a single adapter by itself",
+        ),
+        (["--family", "cronos"], "family 'cronos' is unknown; did you mean 'chronos'? known: chronos"),
+        (["--checkpoint", "bolt"], "checkpoint 'bolt' is neither a bundled name (bolt-nano, t5-nano), nor an existing"),
+        (["--horizon", "-3"], "prediction_length -3 is not positive; name the steps to forecast"),
+        (["--horizon", "50"], "no series is left, skipped 3 of 3 series: 3 too short;"),
+        (["--context", "9999"], "context_length 9999 exceeds the 512 steps that checkpoint 'bolt-nano' can see"),
+        (["--epochs", "0"], "max_epochs 0 is not positive"),
+        (["--gate", "kep"], "gate 'kep' is unknown; did you mean 'keep'? known: fallback, keep, raise"),
+        (["--device", "tpu9"], "device 'tpu9' is unknown; name 'auto', 'cpu', 'cuda' or 'cuda:1'"),
+        (
+            ["--target", "tgt"],
+            "target 'tgt' is not a column of '{data}'; did you mean 'target'? columns: item_id, times",
+        ),
+        (["--freq", "xy"], "freq 'xy' is not a frequency of periods; give one like 5min, h, D, W, M, Q or Y"),
+        (
+            ["--validation", "gone.csv"],
+            "path 'gone.csv' does not exist; give a table (.csv, .csv.gz, .parquet) or a Gluon",
+        ),
+    ],
+)
+def test_wrong_input_to_fit_is_one_sentence_and_leaves_nothing(
+    options: list[str], sentence: str, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "model"
+    assert refused("fit", data, "--out", out, *SHORT, *options).startswith(sentence.replace("{data}", str(data)))
+    assert not out.exists()
+
+
+def test_fit_refuses_a_folder_in_use_before_training(
+    data: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gluonts_peft import PeftEstimator
+
+    monkeypatch.setattr(PeftEstimator, "train", lambda *_, **__: pytest.fail("trained"))
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    for resume in ([], ["--resume"]):
+        sentence = f"--out {model} already holds a predictor; name another folder"
+        assert refused("fit", data, "--out", model, *SHORT, *resume) == sentence
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "notes.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "training" / "notes.txt"):
+        for resume in ([], ["--resume"]):
+            sentence = f"--out {out} is in use; name a new folder"
+            assert refused("fit", data, "--out", out, *SHORT, *resume) == sentence
+    assert names(tmp_path / "training") == {"notes.txt"}
+
+
+def test_a_failed_fit_leaves_an_empty_folder_empty(data: Path, tmp_path: Path) -> None:
+    refused("fit", data, "--out", tmp_path, *SHORT, "--horizon", "50")
+    assert names(tmp_path) == set()
+
+
+LONGER = [
+    "--horizon",
+    "6",
+    "--context",
+    "48",
+    "--epochs",
+    "12",
+    "--batches",
+    "4",
+    "--batch-size",
+    "4",
+    "--gate",
+    "keep",
+]
+
+
+def trained(output: str) -> str:
+    return next(line.rpartition(",")[0] for line in output.splitlines() if line.startswith("trained:"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    folder = tmp_path_factory.mktemp("undisturbed") / "model"
+    output = ok("fit", data, "--out", folder, *LONGER, "--device", "cpu")
+    return trained(output), (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_killed_fit_resumes_to_the_same_weights(data: Path, tmp_path: Path, undisturbed: tuple[str, bytes]) -> None:
+    out = tmp_path / "model"
+    command = ["fit", data, "--out", out, *LONGER, "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, "-c", "from gluonts_peft.cli import main; main()", *map(str, command)])
+    try:
+        while not (out / "training" / "last.ckpt").exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert names(out) == {"training"}
+
+    sentence = f"--out {out} is in use; name a new folder, or go on with its interrupted run: --resume"
+    assert refused(*command) == sentence
+    other = refused(*command, "--resume", "--seed", "7")
+    assert other.startswith(f"checkpoint '{out / 'training' / 'last.ckpt'}' belongs to another run: ")
+    assert other.endswith("(seed: 0 there, 7 here)")
+    output = ok(*command, "--resume")
+    assert names(out) == COMPLETE
+    assert (trained(output), (out / "adapter" / "adapter_model.safetensors").read_bytes()) == undisturbed
+
+
+@pytest.fixture
+def _sigint_handler() -> Iterator[None]:
+    # Lightning switches Ctrl-C off on its way out.
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.mark.usefixtures("_sigint_handler")
+def test_ctrl_c_during_training_exits_130_and_can_be_resumed(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gluonts_peft import training
+
+    def press(module: Any, *_: Any) -> None:
+        if module.global_step == 5:
+            raise KeyboardInterrupt
+
+    command = ["fit", data, "--out", tmp_path / "model", *LONGER, "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Module, "on_train_batch_end", press)
+        result = run(*command)
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    ok(*command, "--resume")
+
+
+def test_ctrl_c_elsewhere_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def press() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry.families, "describe", press)
+    result = run("families")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_defect_is_told_from_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("[red]no markup[/red]")
+
+    monkeypatch.setattr(registry.families, "describe", fail)
+    result = run("families")
+    line = "error: RuntimeError: [red]no markup[/red] (unexpected; --debug shows where)\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", line)
+    assert isinstance(run("--debug", "families").exception, RuntimeError)
+
+
+def test_debug_shows_the_traceback_of_wrong_input() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "from gluonts_peft.cli import main; main()",
+        "--debug",
+        "demo",
+        "--study",
+        "gone.yaml",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError: --study gone.yaml does not exist;")
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_forecast_writes_what_the_predictor_says(ending: str, data: Path, model: Path, tmp_path: Path) -> None:
+    from gluonts.model import Predictor
+
+    from gluonts_peft.data import read_dataset
+
+    out = tmp_path / f"forecasts{ending}"
+    command = ["forecast", data, "--model", model, "--out", out, "--device", "cpu"]
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (0, f"6 steps of 3 series forecast: {out}\n")
+    assert all(line.startswith("warning: The mean prediction is not stored") for line in result.stderr.splitlines())
+    table = pd.read_csv(out) if ending == ".csv" else pd.read_parquet(out)
+    expected = Predictor.deserialize(model).predict(read_dataset(data))
+    for (name, rows), forecast in zip(table.groupby("item_id"), expected, strict=True):
+        assert name == forecast.item_id
+        np.testing.assert_allclose(rows["0.9"], forecast.quantile(0.9), rtol=1e-5)
+
+    sentence = f"path '{out}' exists; give another one, or overwrite=True (command line: --overwrite)"
+    assert refused(*command) == sentence
+    assert run(*command, "--overwrite").exit_code == 0
+
+
+def test_forecast_without_a_trained_predictor(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "zero-shot.csv"
+    assert "3 steps of 3 series" in ok(
+        "forecast", data, "--checkpoint", "t5-nano", "--horizon", "3", "--num-samples", "4", "--out", out
+    )
+    assert len(pd.read_csv(out)) == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "there is nothing to forecast with; give --model FOLDER, or --horizon N for zero-shot"),
+        (
+            ["--model", "m", "--horizon", "3"],
+            "--horizon 3 does not go with --model m, which has its own; leave one out",
+        ),
+        (["--model", "m", "--family", "f"], "--family f does not go with --model m, which has its own; leave one out"),
+        (["--model", "gone"], "folder 'gone' holds no predictor: it has no predictor.json"),
+        (["--horizon", "0"], "prediction_length 0 is not positive; name the steps to forecast"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["forecast", "backtest"])
+def test_what_to_forecast_with_must_be_clear(verb: str, options: list[str], sentence: str, tmp_path: Path) -> None:
+    assert refused(verb, "x.csv", "--out", tmp_path / "out.csv", *options) == sentence
+
+
+def test_a_predictor_refuses_other_base_weights(data: Path, model: Path, tmp_path: Path) -> None:
+    sentence = refused("forecast", data, "--model", model, "--checkpoint", "t5-nano", "--out", tmp_path / "out.csv")
+    assert re.fullmatch(
+        rf"predictor in '{re.escape(str(model))}' rests on base weights with fingerprint \w{{12}}…, but 't5-nano' has"
+        r" \w{12}…; name the right weights with checkpoint=\.\.\.",
+        sentence,
+    )
+
+
+def test_backtest_puts_zero_shot_and_naive_beside_the_model(data: Path, model: Path, tmp_path: Path) -> None:
+    from gluonts_peft import PeftPredictor
+    from gluonts_peft import backtest as score
+    from gluonts_peft.data import read_dataset
+
+    out = tmp_path / "scores.csv"
+    command = ["backtest", data, "--model", model, "--windows", "2", "--out", out, "--device", "cpu"]
+    output = ok(*command)
+    assert output.startswith("6 windows of 3 series, 6 steps each")
+    header = next(line for line in output.splitlines() if "metric" in line)
+    titles = [cell.strip() for cell in header.strip("┃").split("┃")]
+    assert titles == ["metric", "model", "zero-shot", "last value", "seasonal naive (24)"]
+    frame = pd.read_csv(out, index_col="model")
+    assert list(frame.index) == titles[1:]
+    for metric, value in frame.loc["model"].items():
+        assert re.search(rf"│ {re.escape(str(metric))} +│ +{re.escape(f'{value:.4g}')} │", output)
+
+    predictor, dataset = PeftPredictor.deserialize(model), read_dataset(data)
+    adapter = predictor.backbone.adapter
+    assert adapter is not None
+    pd.testing.assert_series_equal(
+        frame.loc["model"], score(predictor, dataset, windows=2).iloc[0], check_names=False, rtol=1e-4
+    )
+    adapter.detach()
+    pd.testing.assert_series_equal(
+        frame.loc["zero-shot"], score(predictor, dataset, windows=2).iloc[0], check_names=False, rtol=1e-4
+    )
+
+    assert refused(*command) == f"--out {out} exists; name another file, or replace it: --overwrite"
+    ok(*command, "--overwrite", "--no-baselines", "--seasonality", "12")
+    assert list(pd.read_csv(out)["model"]) == ["model"]
+
+
+def test_backtest_of_zero_shot_needs_no_model(data: Path, tmp_path: Path) -> None:
+    header = ok("backtest", data, "--horizon", "6", "--family", "chronos", "--seasonality", "12")
+    assert "┃ metric" in header
+    assert "┃ zero-shot ┃ last value ┃ seasonal naive (12) ┃" in header
+    assert "┃ model" not in header
+    sentence = f"the folder of --out {tmp_path / 'gone' / 'x.csv'} does not exist; make it first"
+    assert refused("backtest", data, "--horizon", "6", "--out", tmp_path / "gone" / "x.csv") == sentence
+    assert refused("backtest", data, "--horizon", "6", "--windows", "0") == (
+        "windows is 0; expected a whole number, 1 or more"
+    )
+
+
+def test_series_that_cannot_be_scored_are_a_warning_of_one_line(data: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(data)
+    path = tmp_path / "short.csv"
+    pd.concat([table, table[table["item_id"] == "a"].head(4).assign(item_id="short")]).to_csv(path, index=False)
+    result = run("backtest", path, "--horizon", "6", "--no-baselines")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: backtest skips what it cannot score: 1 of 4 series have no observed value before their last 6 steps,"
+        " 0 have none in any window; of the windows of the others, 0 have none\n"
+    )
+
+
+def test_show_says_what_a_folder_holds(model: Path) -> None:
+    predictor, adapter = ok("show", model), ok("show", model / "adapter")
+    for text, kind in ((predictor, "predictor"), (adapter, "adapter")):
+        facts = dict(re.split(r": +", line, maxsplit=1) for line in text.splitlines())
+        assert facts["what"] == kind
+        assert (facts["family"], facts["base"]) == ("chronos", "bolt-nano (bundled)")
+        assert len(facts["fingerprint"]) == 64
+        assert json.loads(facts["adapter"]) == {"name": "lora", "r": 4}
+        size = os.path.getsize(model / "adapter" / "adapter_model.safetensors")
+        assert facts["adapter on disk"] == f"{size:,} bytes"
+        assert "torch 2" in facts["versions"]
+    assert re.search(r"^gate: +tuning .* 3 windows\)$", predictor, re.MULTILINE)
+    assert re.search(r"^prediction_length: +6$", predictor, re.MULTILINE)
+    assert "prediction_length" not in adapter
+
+
+def test_show_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    sentence = "holds neither a predictor (predictor.json) nor an adapter (gluonts_peft.json)"
+    assert refused("show", tmp_path) == f"'{tmp_path}' {sentence}"
+    assert refused("show", tmp_path / "gone") == f"'{tmp_path / 'gone'}' {sentence}"
+    file = tmp_path / "predictor.json"
+    for content, reason in (("{", "JSONDecodeError: Expecting property name"), ("{}", "KeyError: 'base'")):
+        file.write_text(content)
+        assert refused("show", tmp_path).startswith(f"'{file}' is damaged: {reason}")
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Stands for the trials, which have tests of their own; keeps what they are called with."""
+    import gluonts_peft.trials as module
+
+    calls: list[Any] = []
+
+    def load_study(path: Path, overrides: dict[str, Any]) -> str:
+        calls.append((path, overrides))
+        return "the study"
+
+    def run_study(study: str, folder: Path, *, jobs: int, progress: bool) -> list[Any]:
+        calls.append((study, folder, jobs))
+        return []
+
+    functions = {
+        "load_study": load_study,
+        "run_study": run_study,
+        "print_table": lambda results, console: console.print("the table"),
+        "write_report": lambda folder: folder / "report.html",
+    }
+    for name, function in functions.items():
+        monkeypatch.setattr(module, name, function, raising=False)
+    return calls
+
+
+def test_study_hands_over_its_overrides(trials: list[Any]) -> None:
+    sets = ["--set", "context_length=72", "--set", "data.path=a=b.csv", "--set", "adapters=[lora, {name: dora, r: 1}]"]
+    output = ok("study", "spec.yaml", "--out", "runs/x", "--jobs", "2", *sets)
+    overrides = {"context_length": 72, "data.path": "a=b.csv", "adapters": ["lora", {"name": "dora", "r": 1}]}
+    assert trials == [(Path("spec.yaml"), overrides), ("the study", Path("runs/x"), 2)]
+    assert output == f"the table\nreport: {Path('runs/x/report.html')}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("context_length", "--set 'context_length' is not path=value; write e.g. --set context_length=72"),
+        ("=72", "--set '=72' is not path=value; write e.g. --set context_length=72"),
+        ("seed=[1", "--set 'seed=[1': the value is not YAML: while parsing a flow sequence"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_refused(text: str, sentence: str) -> None:
+    assert refused("study", "spec.yaml", "--out", "x", "--set", text).startswith(sentence)
+
+
+@pytest.mark.usefixtures("trials")
+def test_demo_needs_its_study() -> None:
+    sentence = "--study gone.yaml does not exist; run in a checkout of the project, or name the file"
+    assert refused("demo", "--study", "gone.yaml") == sentence
+
+
+def test_demo_takes_real_data(trials: list[Any], tmp_path: Path) -> None:
+    spec = tmp_path / "demo.yaml"
+    spec.write_text("")
+    ok("demo", "--study", spec)
+    ok("demo", "--study", spec, "--data", "hourly.parquet", "--out", tmp_path)
+    real = {"data.source": "hourly", "data.path": "hourly.parquet", "prediction_length": 12, "context_length": 72}
+    assert trials == [
+        (spec, {}),
+        ("the study", Path("runs/demo"), 1),
+        (spec, real),
+        ("the study", tmp_path, 1),
+    ]
+
+
+SPEC = """
+base:
+  family: chronos
+  checkpoint: bolt-nano
+  adapter: lora
+  prediction_length: 6
+  context_length: 24
+  training: {max_epochs: 1, num_batches_per_epoch: 2, batch_size: 4, device: cpu}
+  data: {source: simulated, patients: 10, hours: 10, windows: 1}
+baselines: [last_value]
+grid:
+  data.vital: [hr]
+"""
+
+
+def test_a_study_runs_and_a_second_run_continues(tmp_path: Path) -> None:
+    spec, out = tmp_path / "spec.yaml", tmp_path / "out"
+    spec.write_text(SPEC)
+    first = ok("study", spec, "--out", out)
+    assert first.endswith(f"report: {out / 'report.html'}\n")
+    results = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert len(results) == 2
+    assert ok("study", spec, "--out", out) == first
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == results
+
+    sentence = refused("study", spec, "--out", out, "--set", "prediction_length=7")
+    assert sentence.startswith(f"folder '{out}' holds another study: of its trials 2 only there ")
+    assert refused("study", spec, "--out", out, "--set", "training.epochs=7").startswith(
+        f"study '{spec}' cannot be used: "
+    )
+
+
+def test_failed_trials_exit_1_after_the_report(trials: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import gluonts_peft.trials as module
+
+    results = [SimpleNamespace(status=status) for status in ("finished", "failed", "finished")]
+    monkeypatch.setattr(module, "run_study", lambda *_, **__: results)
+    result = run("study", "spec.yaml", "--out", "x")
+    assert (result.exit_code, result.stdout) == (1, f"the table\nreport: {Path('x/report.html')}\n")
+    assert result.stderr == "error: 1 of 3 trials failed; run it again to try these again\n"
+
+
+def test_demo_on_real_data_is_a_study_that_can_be_used(trials: list[Any], tmp_path: Path) -> None:
+    from gluonts_peft.trials.spec import load_study
+
+    spec = tmp_path / "demo.yaml"
+    spec.write_text(SPEC)
+    ok("demo", "--study", spec, "--data", "hourly.parquet", "--out", tmp_path)
+    base = load_study(*trials[0]).base
+    assert (base["data"]["source"], base["data"]["path"]) == ("hourly", "hourly.parquet")
+    assert (base["prediction_length"], base["context_length"]) == (12, 72)

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gluonts_peft.trials import StudySpec, TrialResult, expand, grid, load_results, run_study
+
+TRAINING = {"max_epochs": 1, "num_batches_per_epoch": 2, "batch_size": 4, "device": "cpu"}
+BASE = {
+    "family": "chronos",
+    "checkpoint": "bolt-nano",
+    "prediction_length": 6,
+    "context_length": 24,
+    "training": TRAINING,
+    "data": {"patients": 10, "hours": 8, "vital": "hr", "windows": 1},
+}
+BROKEN = {"name": "lora", "r": -1}
+
+
+def study(**grid: Any) -> StudySpec:
+    return StudySpec(base=BASE, grid=grid, baselines=["last_value"])
+
+
+def traces(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("trials/*/result.json")}
+
+
+def test_cells_come_in_order_and_once() -> None:
+    trials = expand(study(**{"data.vital": ["hr", "map"], "adapter": ["none", "lora", "lora"], "seed": [0, 1]}))
+    names = [trial.name() for trial in trials]
+    assert names[:2] == ["last_value hr", "last_value map"]
+    assert names[2:] == [f"bolt-nano {a} {v} seed {s}" for v in ("hr", "map") for a in ("none", "lora") for s in (0, 1)]
+    assert len({trial.hash() for trial in trials}) == len(trials)
+
+
+def test_a_second_run_runs_only_what_is_not_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = study(adapter=["none", "lora"])
+    results = run_study(cells, tmp_path, progress=False)
+    assert [result.status for result in results] == ["finished"] * 3
+    assert [result.spec for result in results] == expand(cells)
+    before = traces(tmp_path)
+    lost = tmp_path / "trials" / expand(cells)[2].hash() / "result.json"
+    lost.unlink()
+    ran = []
+    run = grid._run
+    monkeypatch.setattr(grid, "_run", lambda trial, folder: (ran.append(trial.name()), run(trial, folder))[1])
+    again = run_study(cells, tmp_path, progress=False)
+    assert ran == ["bolt-nano lora hr seed 0"]
+    after = traces(tmp_path)
+    assert {path: after[path] for path in before if path != str(lost)} == {
+        path: trace for path, trace in before.items() if path != str(lost)
+    }
+    assert [result.scores for result in again] == [result.scores for result in results]
+    assert load_results(tmp_path) == again
+
+
+def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = study(adapter=[BROKEN, "none"])
+    _, failed, zero_shot = run_study(cells, tmp_path, progress=False)
+    assert (failed.status, zero_shot.status) == ("failed", "finished")
+    assert failed.error is not None
+    assert failed.error.startswith("AdapterError: adapter lora(r=-1) ")
+    assert TrialResult.read(tmp_path / "trials" / failed.spec.hash()) == failed
+    ran = []
+    monkeypatch.setattr(grid, "_run", lambda trial, _: (ran.append(trial), failed)[1])
+    run_study(cells, tmp_path, progress=False)
+    assert ran == [failed.spec]
+
+
+def test_workers_give_what_one_process_gives(tmp_path: Path) -> None:
+    cells = study(adapter=["none", BROKEN, "bitfit"])
+    alone = run_study(cells, tmp_path / "alone", progress=False)
+    together = run_study(cells, tmp_path / "together", jobs=2, progress=False)
+    assert [result.status for result in together] == ["finished", "finished", "failed", "finished"]
+    for one, other in zip(alone, together, strict=True):
+        assert one.spec == other.spec
+        assert one.error == other.error
+        assert one.scores == pytest.approx(other.scores, rel=1e-5)
+
+
+def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = study(adapter=["none", "bitfit"])
+    run = grid._run
+
+    def interrupted(trial: Any, folder: Path) -> TrialResult:
+        if trial.adapter == "bitfit":
+            raise KeyboardInterrupt
+        return run(trial, folder)
+
+    monkeypatch.setattr(grid, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(cells, tmp_path, progress=False)
+    before = traces(tmp_path)
+    assert len(before) == 2
+    monkeypatch.setattr(grid, "_run", run)
+    assert [result.status for result in run_study(cells, tmp_path, progress=False)] == ["finished"] * 3
+    assert before.items() <= traces(tmp_path).items()
+
+
+MAIN = """
+import sys
+from gluonts_peft.trials import StudySpec, run_study
+
+if __name__ == "__main__":
+    study = StudySpec.model_validate_json(sys.argv[1])
+    run_study(study, sys.argv[2], jobs=int(sys.argv[3]), progress=False)
+"""
+
+
+def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
+    cells = study(adapter=["none", "bitfit"], seed=[0, 1, 2, 3])
+    out = tmp_path / "out"
+    script = tmp_path / "main.py"
+    script.write_text(MAIN)
+    process = subprocess.Popen([sys.executable, str(script), cells.model_dump_json(), str(out), "1"])
+    deadline = time.monotonic() + 120
+    while len(traces(out)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = traces(out)
+    assert 2 <= len(before) < 9
+    results = run_study(cells, out, progress=False)
+    assert [result.status for result in results] == ["finished"] * 9
+    assert before.items() <= traces(out).items()
+
+
+def test_a_trial_that_kills_its_process_fails_alone(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import os\nfrom gluonts_peft.trials import run\n"
+        "tune = run._tune\n"
+        "def deadly(spec, *rest):\n"
+        "    os._exit(9) if spec.adapter == 'bitfit' else None\n"
+        "    return tune(spec, *rest)\n"
+        "run._tune = deadly\n" + MAIN
+    )
+    cells = study(adapter=["none", "bitfit", "layernorm"])
+    out = tmp_path / "out"
+    subprocess.run([sys.executable, str(script), cells.model_dump_json(), str(out), "2"], check=True)
+    results = load_results(out)
+    assert [result.status for result in results] == ["finished", "finished", "failed", "finished"]
+    assert results[2].error == "the process of the trial was killed; it may have run out of memory"
+
+
+def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
+    run_study(study(adapter=["none"]), tmp_path, progress=False)
+    before = traces(tmp_path)
+    message = (
+        f"folder '{tmp_path}' holds another study: of its trials 1 only there (e.g. 'bolt-nano none hr seed 0') and 1"
+        " only here (e.g. 'bolt-nano lora hr seed 0'); name another folder"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        run_study(study(adapter=["lora"]), tmp_path, progress=False)
+    assert traces(tmp_path) == before
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    message = f"folder '{tmp_path}' is in use and holds no study; name a new or empty one"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        run_study(study(adapter=["none"]), tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_no_jobs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^jobs 0 is not positive; name the number of trials at a time$"):
+        run_study(study(adapter=["none"]), tmp_path / "out", jobs=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_changed_data_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (result, _) = run_study(study(adapter=["none"]), tmp_path, progress=False)
+    changed = result.model_copy(update={"data_fingerprint": "0" * 64})
+    changed.write(tmp_path / "trials" / result.spec.hash())
+    with pytest.raises(ValueError, match=re.escape(f"the data of trials in '{tmp_path}' have changed since these")):
+        run_study(study(adapter=["none"]), tmp_path, progress=False)
+
+
+def test_the_bar_says_what_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_study(study(adapter=["none"]), tmp_path)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_ray_and_torch_stay_out_of_what_needs_neither() -> None:
+    code = (
+        "import sys; from gluonts_peft.trials import load_study, run_study, write_report, print_table;"
+        "assert not {'ray', 'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

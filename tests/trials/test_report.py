@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import base64
+import io
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from gluonts_peft.trials import (
+    SpecError,
+    StudySpec,
+    TrialResult,
+    TrialSpec,
+    expand,
+    load_results,
+    print_table,
+    run_study,
+    table,
+    write_report,
+)
+
+BASE = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6, "context_length": 24}
+SMALL = {"max_epochs": 1, "num_batches_per_epoch": 2, "batch_size": 4, "device": "cpu"}
+
+
+def trial(adapter: Any, seed: int = 0, vital: str = "hr", **changes: Any) -> TrialSpec:
+    return TrialSpec(**{**BASE, "adapter": adapter, "seed": seed, "data": {"vital": vital}, **changes})
+
+
+def finished(adapter: Any, mae: float, seed: int = 0, *, passed: bool = True, **changes: Any) -> TrialResult:
+    tuned = adapter != "none"
+    return TrialResult(
+        spec=trial(adapter, seed, **changes),
+        status="finished",
+        scores={"MAE[0.5]": mae, "MSE[0.5]": mae**2, "coverage[0.1]": 0.1, "coverage[0.9]": 0.85},
+        gate={"zero_shot": 1.0, "tuned": 0.9, "windows": 3, "passed": passed} if tuned else None,
+        trainable_parameters=100 if tuned else 0,
+        seconds=1.0 + seed,
+        peak_memory_mb=500.0,
+    )
+
+
+def baseline(mae: float) -> TrialResult:
+    changes = {"family": "baseline", "checkpoint": "last_value"}
+    return finished("none", mae, **changes).model_copy(update={"trainable_parameters": None, "seconds": None})
+
+
+ZERO_SHOT = [finished("none", 5.0, seed) for seed in (0, 1, 2)]
+
+
+def test_numbers_are_means_and_sample_deviations_over_seeds() -> None:
+    maes = [4.0, 4.4, 4.9]
+    row = table([*ZERO_SHOT, *(finished("lora", mae, seed) for seed, mae in enumerate(maes))]).loc["hr", "lora"]
+    assert row["MAE"] == pytest.approx(sum(maes) / 3)
+    assert row["MAE std"] == pytest.approx(math.sqrt(sum((mae - sum(maes) / 3) ** 2 for mae in maes) / 2))
+    assert row["MSE"] == pytest.approx(np.mean(np.square(maes)))
+    assert row["seconds"] == pytest.approx(2.0)
+    assert row["coverage 80 %"] == pytest.approx(0.75)
+    assert row["change %"] == pytest.approx(100 * (sum(maes) / 3 - 5) / 5)
+    assert (row["trainable parameters"], row["finished"], row["gate passed"]) == (100, 3, 3)
+    assert math.isnan(row["MAPE"])
+
+
+@pytest.mark.parametrize(
+    ("maes", "verdict"),
+    [
+        ([4.0, 4.1, 4.2], "better"),
+        ([6.0, 6.1, 6.2], "worse"),
+        ([4.0, 6.0, 4.9], "tie"),
+        ([5.0, 5.0, 5.0], "tie"),
+        ([4.9], "better"),
+    ],
+)
+def test_a_difference_within_one_deviation_is_a_tie(maes: list[float], verdict: str) -> None:
+    results = [*ZERO_SHOT, *(finished("lora", mae, seed) for seed, mae in enumerate(maes))]
+    assert table(results).loc[("hr", "lora"), "verdict"] == verdict
+
+
+def test_differences_are_taken_between_equal_seeds() -> None:
+    zero_shot = [finished("none", mae, seed) for seed, mae in enumerate([4.0, 5.0, 6.0])]
+    tuned = [finished("lora", mae, seed) for seed, mae in enumerate([3.9, 4.9, 5.9])]
+    assert table([*zero_shot, *tuned]).loc[("hr", "lora"), "verdict"] == "better"
+    assert table(tuned).loc[("hr", "lora"), "verdict"] == ""
+
+
+def test_rows_come_in_order_and_ones_that_failed_or_are_missing_too() -> None:
+    failed = TrialResult(spec=trial("dora"), status="failed", error="RuntimeError: no")
+    results = [finished("full", 4.0), finished("lora", 4.0), failed, ZERO_SHOT[0], baseline(7.0)]
+    frame = table(results, expected=[trial("vera"), trial("lora"), trial("lora", 1)])
+    assert list(frame.index) == [
+        ("hr", method) for method in ("last value", "zero-shot", "vera", "lora", "dora", "full")
+    ]
+    assert frame.loc[("hr", "dora"), "failed"] == 1
+    assert frame.loc[("hr", "dora"), "error"] == "RuntimeError: no"
+    assert frame.loc[("hr", "vera"), "missing"] == 1
+    assert frame.loc[("hr", "lora"), "missing"] == 1
+    assert math.isnan(frame.loc[("hr", "vera"), "MAE"])
+    assert frame.loc[("hr", "last value"), "verdict"] == "worse"
+
+
+def test_labels_say_what_differs() -> None:
+    results = [
+        finished({"name": "lora", "r": 4}, 1.0, training={"max_epochs": 3}),
+        finished("lora", 1.0, training={"max_epochs": 4}),
+        finished("none", 1.0),
+        finished("none", 1.0, vital="map", prediction_length=12),
+    ]
+    assert list(table(results).index) == [
+        ("hr, prediction_length=6", "zero-shot"),
+        ("hr, prediction_length=6", "lora(r=4), max_epochs=3"),
+        ("hr, prediction_length=6", "lora, max_epochs=4"),
+        ("map, prediction_length=12", "zero-shot"),
+    ]
+
+
+def test_checkpoints_are_compared_with_their_own_zero_shot() -> None:
+    results = [
+        finished(a, mae, checkpoint=c) for a, c, mae in (("none", "x", 3.0), ("none", "y", 5.0), ("lora", "x", 4.0))
+    ]
+    frame = table(results)
+    assert frame.loc[("hr", "lora, checkpoint=x"), "verdict"] == "worse"
+
+
+def test_no_results_are_an_empty_table() -> None:
+    assert len(table([])) == 0
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 240])
+def test_the_terminal_shows_every_number_whole(width: int) -> None:
+    failed = TrialResult(spec=trial("dora"), status="failed", error="RuntimeError: [no]")
+    results = [*ZERO_SHOT, *(finished("lora", 4.1234, seed, passed=seed > 0) for seed in range(3)), failed]
+    console = Console(file=io.StringIO(), width=width)
+    print_table(results, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "hr (simulated data)" in text
+    for part in ("zero-shot", "lora", "dora (1 failed)", "4.123", "-17.5 % ▲", "2/3", "17.00", "75.00"):
+        assert part in text, part
+    assert "…" not in text
+    assert "failed: dora: RuntimeError: [no]" in " ".join(text.split())
+
+
+def test_the_best_value_is_bold_and_the_better_green() -> None:
+    console = Console(file=io.StringIO(), width=240, force_terminal=True, color_system="standard")
+    print_table([*ZERO_SHOT, finished("lora", 4.0), finished("vera", 6.0)], console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"\x1b\[1m *4\.000", text)
+    assert re.search(r"\x1b\[32m *-20\.0 % ▲", text)
+    assert re.search(r"\x1b\[31m *\+20\.0 % ▼", text)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "out"
+    study = StudySpec(
+        title="Vital <signs>",
+        base={**BASE, "training": SMALL, "data": {"patients": 10, "hours": 8, "windows": 1}},
+        baselines=["seasonal_naive", "last_value"],
+        grid={
+            "data.vital": ["hr", "map"],
+            "adapter": ["none", "full", "lora", {"name": "lora", "r": -1}, ["layernorm", "lora"]],
+        },
+    )
+    run_study(study, folder, progress=False)
+    missing = next(spec for spec in expand(study) if isinstance(spec.adapter, list))
+    (folder / "trials" / missing.hash() / "result.json").unlink()
+    return folder
+
+
+class Reader(HTMLParser):
+    """Collects text, addresses and whether all tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.addresses: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "srcset", "href", "data", "action")]
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_report_is_one_file_with_every_row(folder: Path) -> None:
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    content = path.read_text(encoding="utf-8")
+    reader = Reader()
+    reader.feed(content)
+    assert reader.open == []
+    assert reader.addresses
+    assert all(address.startswith("data:image/svg+xml;base64,") for address in reader.addresses)
+    assert "http" not in content
+    assert "@import" not in content
+    assert "url(" not in content
+    text = "".join(reader.texts)
+    assert text.count("Vital <signs> (simulated data)") == 2
+    assert "no patient ever had these values" in text
+    frame = table(load_results(folder), expand(StudySpec.model_validate_json((folder / "study.json").read_text())))
+    assert len(frame) == 2 * 7
+    for (_, method), row in frame.iterrows():
+        state = "".join(f" ({row[key]} {key})" for key in ("failed", "missing") if row[key])
+        assert f"<td>{method}{state}</td>" in content
+        if row["finished"]:
+            assert f"{row['MAE']:.3f}" in content
+    assert "lora(r=-1) (1 failed)" in text
+    assert "AdapterError" in text
+    assert "Missing: not run yet" in text
+    for result in load_results(folder):
+        assert result.spec.hash() in text
+        assert result.base is None or str(result.base["fingerprint"]) in text
+    assert "prefers-color-scheme: dark" in content
+    assert "overflow-x: auto" in content
+
+
+def test_figures_are_drawn_for_both_themes(folder: Path) -> None:
+    content = write_report(folder).read_text(encoding="utf-8")
+    figures = [base64.b64decode(part).decode() for part in re.findall(r"base64,([\w+/=]+)", content)]
+    assert len(figures) == 8
+    assert sum("trainable parameters" in figure for figure in figures) == 4
+    assert sum("#e6edf3" in figure for figure in figures) == 4
+
+
+def test_the_same_results_give_the_same_report(folder: Path) -> None:
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+
+
+def test_the_tables_beside_it_hold_the_same(folder: Path) -> None:
+    write_report(folder)
+    frame = pd.read_csv(folder / "report.csv", index_col=["data", "method"])
+    expected = table(load_results(folder))
+    for key in expected.index:
+        assert frame.loc[key, "MAE"] == pytest.approx(expected.loc[key, "MAE"], nan_ok=True)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# Vital <signs> (simulated data)\n")
+    assert "| lora(r=-1) (1 failed) |" in text
+    assert "| layernorm + lora (1 missing) |" in text
+    assert re.search(r"- \*\*lora\*\*: MAE [\d.]+: ", text)
+    assert "One seed cannot tell this from luck." in text
+
+
+def test_a_study_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
+    study = StudySpec(base=BASE, grid={"adapter": ["none", "lora"]})
+    (tmp_path / "study.json").write_text(study.model_dump_json())
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "0 of 2 trials have finished, 0 have failed, 2 are missing." in text
+    assert "<td>lora (1 missing)</td>" in text
+
+
+def test_a_folder_without_trials_is_refused(tmp_path: Path) -> None:
+    message = f"folder '{tmp_path}' cannot be used: it holds neither a study nor trials; name the folder of a study"
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        load_results(tmp_path)
+    message = f"folder '{tmp_path}' cannot be used: it has no study.json; name the folder of a study"
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):
+        write_report(tmp_path)

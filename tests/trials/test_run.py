@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from gluonts.model.predictor import Predictor
+
+from gluonts_peft import PeftPredictor, backtest
+from gluonts_peft.backtesting import SeasonalNaive
+from gluonts_peft.estimator import PeftEstimator
+from gluonts_peft.trials import DataSpec, TrialSpec, load_data, run_trial
+from gluonts_peft.vitals import patient_of
+
+DATA = {"patients": 12, "hours": 12, "vital": "hr", "windows": 2}
+TRAINING = {"max_epochs": 2, "num_batches_per_epoch": 3, "batch_size": 8, "device": "cpu"}
+
+
+def spec(adapter: Any = "lora", **changes: Any) -> TrialSpec:
+    form = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 12, "context_length": 36}
+    return TrialSpec(**{**form, "adapter": adapter, "training": TRAINING, "data": DATA, **changes})
+
+
+def test_a_trial_leaves_scores_predictor_and_windows(tmp_path: Path) -> None:
+    trial = spec()
+    result = run_trial(trial, tmp_path)
+    data = load_data(trial.data)
+
+    assert result.status == "finished"
+    assert result.spec == trial
+    assert result.counts["windows"] == 2 * len(data.test)
+    assert result.data_fingerprint == data.fingerprint
+    assert result.gate is not None
+    assert result.gate["passed"] is (result.gate["tuned"] < result.gate["zero_shot"])  # type: ignore[operator]
+    assert (result.epochs, result.steps) == (2, 6)
+    assert result.trainable_parameters
+    assert result.peak_memory_mb
+    assert result.base is not None
+    assert result.base["checkpoint"] == "bolt-nano"
+    assert {"gluonts-peft", "gluonts-peft-chronos", "torch", "python"} <= set(result.versions)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "examples.json",
+        "predictor",
+        "result.json",
+        "windows.parquet",
+    ]
+
+    # The stored predictor is the one that was scored, whatever the gate said.
+    predictor = Predictor.deserialize(tmp_path / "predictor")
+    assert isinstance(predictor, PeftPredictor)
+    again = backtest(predictor, data.test, windows=2).iloc[0]
+    for name, value in result.scores.items():
+        assert value == pytest.approx(again[name], rel=1e-5), name
+
+    windows = pd.read_parquet(tmp_path / "windows.parquet")
+    assert len(windows) == result.counts["windows"]
+    assert set(windows["item_id"]) == {entry["item_id"] for entry in data.test}
+    assert np.isfinite(windows["MAE[0.5]"]).all()
+
+
+def test_examples_are_what_surrounds_the_forecast(tmp_path: Path) -> None:
+    trial = spec("none")
+    run_trial(trial, tmp_path)
+    entries = {entry["item_id"]: entry for entry in load_data(trial.data).test}
+    examples = json.loads((tmp_path / "examples.json").read_text())
+    assert len({(example["item_id"], example["start"]) for example in examples}) == 3
+    for example in examples:
+        entry = entries[example["item_id"]]
+        at = next(i for i in range(len(entry["target"])) if str(entry["start"] + i) == example["start"])
+        target = [None if math.isnan(value) else float(value) for value in entry["target"]]
+        assert example["label"] == target[at : at + 12]
+        assert example["history"] == target[at - 24 : at]
+        low, median, high = (np.array(example["quantiles"][level]) for level in ("0.1", "0.5", "0.9"))
+        assert np.all(low <= median)
+        assert np.all(median <= high)
+
+
+def test_zero_shot_trains_nothing_and_has_no_gate(tmp_path: Path) -> None:
+    result = run_trial(spec("none"), tmp_path)
+    assert (result.trainable_parameters, result.steps, result.gate) == (0, 0, None)
+
+
+def test_a_baseline_is_scored_on_the_same_windows(tmp_path: Path) -> None:
+    trial = spec("none", family="baseline", checkpoint="last_value")
+    result = run_trial(trial, tmp_path)
+    expected = backtest(SeasonalNaive(12, 1), load_data(trial.data).test, windows=2)
+    assert result.scores["MAE[0.5]"] == expected["MAE[0.5]"].item()
+    assert (result.trainable_parameters, result.adapter, result.peak_memory_mb) == (None, None, None)
+
+
+def test_the_same_seed_gives_the_same_scores(tmp_path: Path) -> None:
+    one, same, other = (run_trial(spec(seed=seed), tmp_path / name) for seed, name in ((1, "a"), (1, "b"), (2, "c")))
+    assert one.scores == same.scores
+    assert one.scores != other.scores
+
+
+def test_a_finished_trial_is_read_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run_trial(spec(), tmp_path)
+    before = (tmp_path / "result.json").read_bytes()
+    monkeypatch.setattr(PeftEstimator, "train", lambda *_, **__: pytest.fail("was run again"))
+    assert run_trial(spec(), tmp_path) == first
+    assert (tmp_path / "result.json").read_bytes() == before
+
+
+def test_the_folder_of_another_trial_is_refused(tmp_path: Path) -> None:
+    run_trial(spec("none"), tmp_path)
+    message = f"folder '{tmp_path}' holds another trial, 'bolt-nano none hr seed 0'; name another folder"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        run_trial(spec(), tmp_path)
+
+
+KILL = """
+import json, os, signal, sys
+from gluonts_peft import training
+from gluonts_peft.trials import TrialSpec, run_trial
+
+save = training._Keeper.on_train_epoch_end
+
+def die(self, trainer, module):
+    save(self, trainer, module)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+training._Keeper.on_train_epoch_end = die
+run_trial(TrialSpec(**json.loads(sys.argv[1])), sys.argv[2])
+"""
+
+
+def test_a_trial_that_was_killed_in_training_goes_on(tmp_path: Path) -> None:
+    trial = spec()
+    undisturbed = run_trial(trial, tmp_path / "undisturbed")
+    killed = tmp_path / "killed"
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, json.dumps(trial.normal_form()), str(killed)], capture_output=True
+    )
+    assert done.returncode == -9, done.stderr.decode()
+    assert not (killed / "result.json").exists()
+    assert (killed / "training" / "last.ckpt").is_file()
+    resumed = run_trial(trial, killed)
+    assert (resumed.epochs, resumed.steps) == (2, 6)
+    for name, value in undisturbed.scores.items():
+        assert resumed.scores[name] == pytest.approx(value, rel=1e-5), name
+    assert not (killed / "training").exists()
+
+
+def test_an_attempt_that_ended_before_its_result_is_no_obstacle(tmp_path: Path) -> None:
+    result = run_trial(spec(), tmp_path)
+    (tmp_path / "result.json").unlink()
+    assert run_trial(spec(), tmp_path).scores == result.scores
+
+
+def test_an_option_the_adapter_does_not_know_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"option 'rr' is unknown; did you mean 'r'\?"):
+        run_trial(spec({"name": "lora", "rr": 2}), tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_patients_are_never_in_two_parts_and_equal_specs_are_loaded_once() -> None:
+    both = DataSpec(patients=12, hours=6)
+    data = load_data(both)
+    parts = [{patient_of(entry["item_id"]) for entry in part} for part in (data.train, data.validation, data.test)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 12
+    assert load_data(DataSpec(patients=12, hours=6)) is data
+
+
+def test_the_fingerprint_follows_the_data() -> None:
+    base = load_data(DataSpec(patients=12, hours=6)).fingerprint
+    for changed in ({"seed": 1}, {"split_seed": 1}, {"vital": "hr"}, {"hours": 7}):
+        assert load_data(DataSpec(**{"patients": 12, "hours": 6, **changed})).fingerprint != base
+    assert load_data(DataSpec(patients=12, hours=6, windows=2)).fingerprint == base
+
+
+def long_table(path: Path) -> Path:
+    times = pd.date_range("2024-01-01", periods=80, freq="h")
+    rows = [
+        {"item_id": f"p{p}/{vital}", "timestamp": time, "target": float(i % 7 + p)}
+        for p in range(10)
+        for vital in ("hr", "map")
+        for i, time in enumerate(times)
+    ]
+    pd.DataFrame(rows).to_csv(path, index=False)
+    return path
+
+
+def test_a_file_is_a_source_too(tmp_path: Path) -> None:
+    path = str(long_table(tmp_path / "long.csv"))
+    data = load_data(DataSpec(source="file", path=path, vital="map", group="patient"))
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [7, 1, 2]
+    assert {entry["item_id"].split("/")[1] for entry in data.train} == {"map"}
+    with pytest.raises(ValueError, match=re.escape(f"no item_id of '{path}' ends in '/resp'; name another data.vital")):
+        load_data(DataSpec(source="file", path=path, vital="resp"))
+
+
+def test_the_hourly_table_is_a_source_too(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    hours = [(stay, hour, 80 + rng.normal(), 75 + rng.normal()) for stay in range(12) for hour in range(60)]
+    path = tmp_path / "stays.parquet"
+    pd.DataFrame(hours, columns=["stay_id", "hour", "hr", "map"]).to_parquet(path)
+    trial = spec("none", data={"source": "hourly", "path": str(path), "vital": "map", "windows": 1})
+    assert run_trial(trial, tmp_path / "trial").counts["series"] == len(load_data(trial.data).test) == 3

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gluonts_peft.trials import SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, expand, load_study
+from gluonts_peft.trials.spec import DataSpec, describe_adapter
+
+ADAPTERS = (
+    "adalora, bitfit, c3a, dora, fourierft, full, head, hra, ia3, layernorm, lora, miss, none, oft, randlora, vera,"
+    " waveft"
+)
+TRIAL_FIELDS = "adapter, backbone_options, checkpoint, context_length, data, family, prediction_length, seed, training"
+DATA_FIELDS = "fractions, freq, group, hours, min_hours, path, patients, seed, source, split_seed, vital, windows"
+
+
+def spec(**changes: Any) -> TrialSpec:
+    return TrialSpec(**{"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 12, **changes})
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"family": "cronos"}, "family 'cronos' is unknown; did you mean 'chronos'? known: baseline, chronos"),
+        ({"adapter": "lorra"}, f"adapter 'lorra' is unknown; did you mean 'lora'? known: {ADAPTERS}"),
+        ({"adapter": ["layernorm", {"name": "dorra"}]},
+         f"adapter 'dorra' is unknown; did you mean 'dora'? known: {ADAPTERS}"),
+        ({"adapter": {"r": 2}}, "adapter {'r': 2} has no 'name'; write e.g. {'name': 'lora', 'r': 2}"),
+        ({"adapter": 3}, "adapter 3 is not a name, a mapping with a name and options, or a list of these"),
+        ({"adapter": []}, "adapter [] is not a name, a mapping with a name and options, or a list of these"),
+        ({"trainig": {}}, f"option 'trainig' is unknown; did you mean 'training'? known: {TRIAL_FIELDS}"),
+        ({"data": {"patiens": 3}}, f"data: option 'patiens' is unknown; did you mean 'patients'? known: {DATA_FIELDS}"),
+        ({"prediction_length": 0}, "prediction_length 0: input should be greater than 0"),
+        ({"training": {"max_epochs": -2}}, "training.max_epochs -2: input should be greater than 0"),
+        ({"data": {"source": "hourly"}}, "data: source 'hourly' needs a path; name the file as data.path"),
+        ({"data": {"source": "file", "path": "x", "patients": 5}},
+         "data: patients 5 belongs to source 'simulated', not to 'file'; drop it"),
+        ({"data": {"path": "x.csv"}},
+         "data: path 'x.csv' has no use for source 'simulated'; name source 'hourly' or 'file'"),
+        ({"data": {"fractions": [0.5, 0.1, 0.1]}},
+         "data: fractions (0.5, 0.1, 0.1) must be shares of training, validation and test that add up to 1, training"
+         " and test above 0, as (0.7, 0.1, 0.2) are"),
+        ({"family": "baseline", "checkpoint": "last_valu", "adapter": "none"},
+         "baseline 'last_valu' is unknown; did you mean 'last_value'? known: last_value, seasonal_naive"),
+        ({"family": "baseline", "checkpoint": "last_value"},
+         "adapter 'lora' cannot tune a baseline; write adapter 'none'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_trial_is_refused_with_the_way_out(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=exactly(f"trial cannot be used: {message}")):
+        spec(**changes)
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    message = (
+        "trial cannot be used: 3 faults\n- family is missing\n- training.max_epochs 0: input should be greater than 0\n"
+        f"- option 'sed' is unknown; did you mean 'seed'? known: {TRIAL_FIELDS}"
+    )
+    with pytest.raises(SpecError, match=exactly(message)):
+        TrialSpec(checkpoint="x", prediction_length=1, training={"max_epochs": 0}, sed=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": {"name": "lora"}},
+        {"adapter": ["lora"]},
+        {"seed": 0, "training": {"max_epochs": 10, "learning_rate": None}},
+        {"data": {"source": "simulated", "patients": 200, "fractions": [0.7, 0.1, 0.2], "group": "patient"}},
+        {"data": DataSpec(), "training": TrainingSpec()},
+        {"prediction_length": "12"},
+    ],
+)
+def test_defaults_spelled_out_give_the_same_trial(changes: dict[str, Any]) -> None:
+    assert spec(**changes) == spec()
+    assert spec(**changes).hash() == spec().hash()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"adapter": {"name": "lora", "r": 4}}, {"seed": 1}, {"data": {"vital": "hr"}}, {"training": {"max_epochs": 2}}],
+)
+def test_another_trial_has_another_hash(changes: dict[str, Any]) -> None:
+    assert spec(**changes).hash() != spec().hash()
+
+
+def test_the_order_of_adapter_options_does_not_matter() -> None:
+    one, other = ({"name": "lora", "r": 4, "lora_alpha": 8}, {"lora_alpha": 8, "r": 4, "name": "lora"})
+    assert spec(adapter=one).hash() == spec(adapter=other).hash()
+
+
+def test_the_hash_is_that_of_the_normal_form_in_any_process() -> None:
+    code = (
+        "import json, sys; from gluonts_peft.trials import TrialSpec;"
+        "print(TrialSpec(**json.loads(sys.argv[1])).hash()); assert 'torch' not in sys.modules"
+    )
+    form = spec(adapter=["layernorm", "lora"]).normal_form()
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(form)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == spec(adapter=["layernorm", "lora"]).hash()
+
+
+def test_options_without_effect_do_not_make_another_trial() -> None:
+    assert spec(adapter="none", training={"max_epochs": 3}) == spec(adapter="none")
+    baseline = {"family": "baseline", "checkpoint": "last_value", "adapter": "none"}
+    assert spec(**baseline, seed=3, context_length=7, training={"max_epochs": 3}) == spec(**baseline)
+
+
+def test_training_options_and_their_defaults_are_those_of_the_estimator() -> None:
+    from gluonts_peft import PeftEstimator
+
+    parameters = inspect.signature(PeftEstimator.__init__).parameters
+    assert {name: parameters[name].default for name in TrainingSpec.model_fields} == TrainingSpec().model_dump()
+
+
+def test_names_are_for_people() -> None:
+    assert spec(adapter=["layernorm", {"name": "lora", "r": 4}]).name() == "bolt-nano layernorm + lora(r=4) seed 0"
+    assert spec(family="baseline", checkpoint="last_value", adapter="none", data={"vital": "hr"}).name() == (
+        "last_value hr"
+    )
+    assert describe_adapter({"name": "lora", "r": 4, "lora_alpha": 8}) == "lora(r=4, lora_alpha=8)"
+
+
+STUDY = """
+title: A study
+base:
+  family: chronos
+  checkpoint: bolt-nano
+  prediction_length: 6
+  data: {patients: 10, hours: 12}
+baselines: [last_value]
+grid:
+  adapter: [none, lora]
+  seed: [0, 1]
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(STUDY)
+    return path
+
+
+def test_a_study_is_read_and_expanded_baselines_first(study_file: Path) -> None:
+    names = [trial.name() for trial in expand(load_study(study_file))]
+    assert names == ["last_value", *(f"bolt-nano {a} seed {s}" for a in ("none", "lora") for s in (0, 1))]
+
+
+def test_overrides_replace_values_of_base_and_grid(study_file: Path) -> None:
+    overrides = {"title": "B", "baselines": [], "seed": 4, "adapter": ["vera"], "training.max_epochs": 2}
+    study = load_study(study_file, overrides)
+    (trial,) = expand(study)
+    assert (study.title, trial.seed, trial.adapter, trial.training.max_epochs) == ("B", 4, "vera", 2)
+
+
+def test_another_source_drops_the_options_of_the_old_one(study_file: Path) -> None:
+    study = load_study(study_file, {"data.source": "hourly", "data.path": "stays.parquet"})
+    data = expand(study)[0].data
+    assert (data.source, data.path, data.patients, data.min_hours) == ("hourly", "stays.parquet", None, 48)
+
+
+def test_an_option_of_an_adapter_can_be_varied() -> None:
+    base = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6, "adapter": "lora"}
+    study = StudySpec(base=base, grid={"adapter.r": [1, 2]})
+    assert [trial.adapter for trial in expand(study)] == [{"name": "lora", "r": 1}, {"name": "lora", "r": 2}]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"adapter": ["lorra", "lora"]}, f"adapter 'lorra' is unknown; did you mean 'lora'? known: {ADAPTERS}"),
+        ({"sed": 1}, f"option 'sed' is unknown; did you mean 'seed'? known: {TRIAL_FIELDS}"),
+        ({"seed": []}, "grid path 'seed' has no values; name at least one"),
+        ({"checkpoint.x": 1}, "'checkpoint.x' leads into 'checkpoint', which is no mapping"),
+        ({"baselines": ["naive"]}, "baselines.0 'naive': input should be 'seasonal_naive' or 'last_value'"),
+    ],
+)
+def test_a_wrong_study_is_refused_with_the_way_out(study_file: Path, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=exactly(f"study '{study_file}' cannot be used: {message}")):
+        load_study(study_file, overrides)
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    missing, broken, other = (tmp_path / name for name in ("missing.yaml", "broken.yaml", "other.yaml"))
+    broken.write_text("base: [")
+    other.write_text("- 1")
+    with pytest.raises(
+        SpecError, match=exactly(f"study '{missing}' cannot be used: it cannot be read: No such file or directory")
+    ):
+        load_study(missing)
+    with pytest.raises(SpecError, match=re.escape(f"study '{broken}' cannot be used: it is not YAML: while parsing")):
+        load_study(broken)
+    message = f"study '{other}' cannot be used: expected a mapping with the keys base, grid, baselines and title"
+    with pytest.raises(SpecError, match=exactly(message)):
+        load_study(other)
+
+
+def test_the_demo_has_every_adapter_and_stays_small() -> None:
+    from gluonts_peft import list_adapters
+
+    trials = expand(load_study(Path(__file__).parents[2] / "examples" / "demo.yaml"))
+    shown = {trial.adapter for trial in trials if isinstance(trial.adapter, str)}
+    assert set(list_adapters()) == shown
+    assert ["layernorm", "lora"] in [trial.adapter for trial in trials]
+    assert len(trials) == 4 + 18 * 2 * 3
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    result = TrialResult(spec=spec(adapter=["layernorm", "lora"]), status="finished", scores={"MAE[0.5]": None})
+    result.write(tmp_path)
+    assert TrialResult.read(tmp_path) == result
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_damaged_result_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("{")
+    with pytest.raises(SpecError, match=re.escape(f"'{path}' cannot be used: ")):
+        TrialResult.read(tmp_path)
+    assert TrialResult.read(tmp_path / "nowhere") is None
