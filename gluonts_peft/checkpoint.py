@@ -15,12 +15,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Checkpoint", "CheckpointError", "fingerprint", "parse", "read_config", "resolve"]
+__all__ = ["Checkpoint", "CheckpointError", "fingerprint", "parse", "read_config", "resolve", "save_tensors"]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -182,3 +182,20 @@ def fingerprint(folder: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file of torch tensors.
+
+    Raises
+    ------
+    OSError
+        If the disk is full or the place cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} cannot be written: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import shutil
 import warnings
 from pathlib import Path
@@ -17,9 +18,11 @@ from .backbone import Backbone
 from .predictor import PeftPredictor
 from .registry import get_adapter, unknown
 from .training import TrainingOptions, TuningDidNotHelp, fit
-from .windows import SeriesStore, Windows
+from .windows import SeriesStore, Skipped, Windows
 
 __all__ = ["PeftEstimator"]
+
+logger = logging.getLogger(__name__)
 
 GATES = ("fallback", "raise", "keep")
 
@@ -152,7 +155,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         for name in hyperparameters:
             if name not in known:
                 raise ValueError(unknown("hyperparameter", name, known))
-        return cls(**hyperparameters)
+        estimator: PeftEstimator = cls(**hyperparameters)
+        return estimator
 
     def load_backbone(self) -> Backbone:
         """Load the pretrained model, without an adapter."""
@@ -204,11 +208,12 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             "seed": self.options.seed,
         }
         windows = Windows(store, holdout=held_out, **lengths)
+        _report("training", windows.skipped)
         held_out_store = store if validation_data is None else self._store(validation_data, "validation")
+        held_out_windows = Windows(held_out_store, **lengths)
+        _report("validation", held_out_windows.skipped)
         validation = list(
-            Windows(held_out_store, **lengths).last(
-                windows=self.validation_windows, max_windows=self.max_validation_windows
-            )
+            held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
         )
         result = fit(
             backbone,
@@ -240,3 +245,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         # What an earlier run left there may be of other data.
         shutil.rmtree(folder, ignore_errors=True)
         return SeriesStore.from_dataset(dataset, folder)
+
+
+def _report(name: str, skipped: Skipped) -> None:
+    if skipped.too_short or skipped.all_missing:
+        logger.warning("%s data: %s", name, skipped)

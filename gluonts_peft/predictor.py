@@ -105,9 +105,9 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         batches = context_batches(dataset, context_length=backbone.context_length, batch_size=self.batch_size)
         position = 0
         for entries, batch in batches:
-            for offset, seen in enumerate(batch["past_observed_values"].any(1)):
-                if not seen:
-                    name = entries[offset].get("item_id", f"at position {position + offset}")
+            for offset, entry in enumerate(entries):
+                if not batch["past_observed_values"][offset].any():
+                    name = entry.get("item_id", f"at position {position + offset}")
                     raise ValueError(
                         f"series {name!r} has no observed value in its last {backbone.context_length} steps: there is"
                         " nothing to forecast from; leave it out"

@@ -16,6 +16,8 @@ import numpy as np
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
+from .checkpoint import save_tensors
+
 __all__ = ["SafeCheckpointIO", "read_checkpoint", "write_checkpoint"]
 
 _KEY = "gluonts_peft_checkpoint"
@@ -31,21 +33,16 @@ def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
     OSError
         If the disk is full or the folder cannot be written; an earlier file of that name stays whole.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, tensors, "state")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial, metadata={_KEY: json.dumps(tree)})
+        save_tensors(tensors, partial, {_KEY: json.dumps(tree)})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"checkpoint {str(path)!r} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -111,7 +108,7 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-class SafeCheckpointIO(CheckpointIO):
+class SafeCheckpointIO(CheckpointIO):  # type: ignore[misc]
     """Lightning plugin: ``Trainer(plugins=[SafeCheckpointIO()])``."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:

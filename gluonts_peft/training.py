@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -182,7 +184,7 @@ def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]]) -> float
     return total / count
 
 
-class _Module(pl.LightningModule):
+class _Module(pl.LightningModule):  # type: ignore[misc]
     def __init__(self, backbone: Backbone, adapter: Adapter, windows: Windows, options: TrainingOptions, rate: float):
         super().__init__()
         self.backbone = backbone
@@ -241,7 +243,7 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(total - rising, 1.0)))
 
 
-class _Keeper(Callback):
+class _Keeper(Callback):  # type: ignore[misc]
     """Keeps the best weights in memory, and everything on disk after each epoch; says when it is enough.
 
     Lightning's own early stopping forgets, when a run is resumed, that the run had stopped.
@@ -309,7 +311,7 @@ class _Keeper(Callback):
         self.history, self.seconds = state_dict["history"], state_dict["seconds"]
 
 
-class _Bar(Callback):
+class _Bar(Callback):  # type: ignore[misc]
     """One progress bar over all steps."""
 
     def __init__(self, total: int, name: str) -> None:
@@ -425,8 +427,9 @@ def fit(
                 callbacks=callbacks,
             )
             batches = [to_device(batch, torch.device("cpu")) for batch in validation]
-            loader = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
+            loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+            with _interruptible():
+                trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
     backbone.to(device).eval()
     if keeper.weights:
         adapter.load_state_dict(keeper.weights)
@@ -454,7 +457,9 @@ def _checkpoints(
             )
     if start is not None:
         states = read_checkpoint(start).get("callbacks", {})
-        earlier = next((state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {})
+        earlier: Any = next(
+            (state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {}
+        )
         if differing := [name for name in run if _plain(earlier.get(name)) != _plain(run[name])]:
             raise ValueError(
                 f"checkpoint {str(start)!r} belongs to another run: {', '.join(differing)} differ"
@@ -497,6 +502,22 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Lightning makes it a SystemExit and leaves the signal ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

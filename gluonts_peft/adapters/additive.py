@@ -56,7 +56,9 @@ __all__ = [
 
 ATTENTION = ("q", "k", "v", "o")
 
-_OURS = {"peft_type", "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision"}
+# Extras train tensors that are not the adapter's: a hybrid with bitfit or head says that. The others are ours.
+_EXTRA = {"bias", "modules_to_save", "trainable_token_indices"}
+_OURS = _EXTRA | {"peft_type", "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision"}
 
 
 @dataclass(frozen=True)
@@ -380,8 +382,9 @@ def from_peft(folder: Path, backbone: Backbone) -> Adapter:
     options = {}
     for item in fields(config):
         value = getattr(config, item.name)
-        if item.name in _OURS or item.name in length:
+        if item.name in _OURS - _EXTRA or item.name in length:
             continue
+        # An extra that is in use goes on, to be refused by name.
         if value != getattr(plain, item.name) or item.name in method.defaults:
             options[item.name] = sorted(value) if isinstance(value, set) else value
     return method(**options)

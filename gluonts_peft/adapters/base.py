@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from ..checkpoint import save_tensors
 from ..registry import get_adapter
 
 if TYPE_CHECKING:
@@ -206,8 +207,6 @@ class Adapter(ABC):
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter into a folder, which is created if need be. The base weights are not written."""
-        from safetensors.torch import save_file
-
         backbone = self.attached
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -218,7 +217,7 @@ class Adapter(ABC):
             # The format has no aliases; RandLora's stored bases are one tensor under many names.
             alias = any(stored.data_ptr() == other.data_ptr() for other in tensors.values())
             tensors[name] = stored.clone() if alias else stored
-        save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+        save_tensors(tensors, folder / TENSORS, {"format": "pt"})
         self._write_record(folder, backbone)
 
     def _write_record(self, folder: Path, backbone: Backbone, **more: Any) -> None:

@@ -26,12 +26,14 @@ STUDY = "study.json"
 def expand(study: StudySpec) -> list[TrialSpec]:
     """Return the trials of a study, each once: baselines first, then the cells of the grid in its order."""
     cells = [TrialSpec(**form) for form in study.forms()]
+    # They have no context of their own, but it decides which windows are scored.
     baselines = [
         TrialSpec(
             family=BASELINE,
             checkpoint=name,
             adapter="none",
             prediction_length=cell.prediction_length,
+            context_length=cell.context_length,
             data=cell.data,
         )
         for name in study.baselines

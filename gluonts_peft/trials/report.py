@@ -233,7 +233,8 @@ def _rows(results: list[TrialResult], expected: list[TrialSpec]) -> list[_Row]:
     forms = {trial.hash(): _flat(trial.normal_form()) for trial in trials}
     models = [forms[trial.hash()] for trial in trials if trial.family != BASELINE]
     tuned = [form for form in models if form["adapter"] != "none"]
-    data_paths = _varying(list(forms.values()), lambda path: path.startswith("data.") or path == "prediction_length")
+    data_paths = _varying(list(forms.values()), lambda path: path.startswith("data.") or path in _LENGTHS)
+    data_paths.sort(key=lambda path: path != "data.vital")
     model_paths = _varying(models, lambda path: path.split(".")[0] in _MODEL_PATHS)
     training_paths = _varying(tuned, lambda path: path.startswith("training."))
 
@@ -270,7 +271,8 @@ def _rows(results: list[TrialResult], expected: list[TrialSpec]) -> list[_Row]:
     return sorted(rows.values(), key=lambda row: (order.index(row.data), _rank(row.method)))
 
 
-_MODEL_PATHS = ("family", "checkpoint", "context_length", "backbone_options")
+_LENGTHS = ("prediction_length", "context_length")
+_MODEL_PATHS = ("family", "checkpoint", "backbone_options")
 
 
 def _rank(method: str) -> int:
@@ -396,10 +398,11 @@ class _View:
 
 
 def _decimals(values: pd.Series) -> int:
-    largest = float(values.abs().max())
-    if not math.isfinite(largest) or largest == 0:
+    """Return how many decimals show four digits of a typical value."""
+    typical = float(values.abs().dropna().median()) if values.notna().any() else math.nan
+    if not math.isfinite(typical) or typical == 0:
         return 0
-    return max(0, 3 - math.floor(math.log10(largest)))
+    return max(0, 3 - math.floor(math.log10(typical)))
 
 
 def _pair(mean: float, std: float, decimals: int) -> str:
@@ -450,6 +453,14 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
         f"{len(finished)} of {len(expected)} trials have finished, {len(results) - len(finished)} have failed, "
         f"{len(expected) - len(results)} are missing."
     ]
+    mixed: dict[str, set[str]] = {}
+    for result in finished:
+        if result.base:
+            mixed.setdefault(f"weights of {result.base['checkpoint']}", set()).add(str(result.base["fingerprint"]))
+        for name, version in result.versions.items():
+            mixed.setdefault(name, set()).add(version)
+    if differing := [name for name, found in mixed.items() if len(found) > 1]:
+        notes.append(f"Caution: the trials were not run with the same {', '.join(differing)}; see the end.")
     if any(trial.data.source == "simulated" for trial in expected):
         notes.append(
             "The data are simulated: no patient ever had these values, and nothing clinical follows from them."
@@ -473,7 +484,7 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
     notes.append(
         "± is the spread over seeds on the same test windows: how much the luck of training matters, not what other"
         " series would give. All scores are of the tuned model, whatever the gate said; s is the time of training"
-        " alone, MB the peak memory of the whole process (on a GPU: of torch)."
+        " alone, MB the peak memory of the whole process (on a GPU: of torch), what earlier trials left included."
     )
     return notes
 
@@ -695,6 +706,7 @@ def _draw_parameters(frame: pd.DataFrame, theme: _Theme) -> Any:
     tuned = frame[frame["trainable parameters"].gt(0) & frame[JUDGE].notna()]
     x, y = tuned["trainable parameters"].to_numpy(float), tuned[JUDGE].to_numpy(float)
     axis.set_xscale("log")
+    axis.set_xlim(x.min() / 2.5, x.max() * 4)
     axis.errorbar(x, y, yerr=tuned[f"{JUDGE} std"].fillna(0.0), fmt="o", color=theme.accent, ecolor=theme.line, ms=5)
     zero_shot = frame[[str(method).startswith(_ZERO_SHOT) for method in frame.index]]
     for method, row in zero_shot[zero_shot[JUDGE].notna()].iterrows():
@@ -703,7 +715,6 @@ def _draw_parameters(frame: pd.DataFrame, theme: _Theme) -> Any:
             str(method), (0.995, row[JUDGE]), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
             textcoords="offset points", fontsize=8, color=theme.text,
         )  # fmt: skip
-    axis.set_xlim(x.min() / 2.5, x.max() * 4)
     axis.set_xlabel("trainable parameters", color=theme.text, fontsize=9)
     axis.set_ylabel(JUDGE, color=theme.text, fontsize=9)
     FigureCanvasAgg(figure)

@@ -99,15 +99,17 @@ def run_trial(spec: TrialSpec, folder: str | Path, *, progress: bool = False) ->
     else:
         predictor, found = _tune(spec, data, folder, progress)
     remembered = _Remembered(predictor)
+    test = _visible(data.test, spec)
     with _counted_not_logged():
-        scores = backtest(remembered, data.test, windows=spec.data.windows)
-        windows = backtest(remembered, data.test, windows=spec.data.windows, per_window=True)
+        scores = backtest(remembered, test, windows=spec.data.windows)
+        windows = backtest(remembered, test, windows=spec.data.windows, per_window=True)
     windows = windows.reset_index()
     windows["forecast_start"] = windows["forecast_start"].astype(str)
     folder.mkdir(parents=True, exist_ok=True)
     windows.to_parquet(folder / WINDOWS, index=False)
-    write_atomically(folder / EXAMPLES, json.dumps(_examples(remembered.forecasts, data.test)))
+    write_atomically(folder / EXAMPLES, json.dumps(_examples(remembered.forecasts, test)))
     skipped = {f"skipped_{reason}": count for reason, count in scores.attrs["skipped"].items()}
+    skipped["skipped_nothing_seen"] = len(data.test) - len(test)
     result = TrialResult(
         spec=spec,
         status="finished",
@@ -177,6 +179,29 @@ def _fingerprint(*parts: list[DataEntry]) -> str:
             digest.update(f"{entry['item_id']} {start} {start.freqstr} {target.dtype} {target.shape}\n".encode())
             digest.update(target.tobytes())
     return digest.hexdigest()
+
+
+def _visible(test: list[DataEntry], spec: TrialSpec) -> list[DataEntry]:
+    """Leave out series with a window before which the model would see no value: it could not forecast that."""
+    steps, context = spec.prediction_length, spec.context_length
+    kept = []
+    for entry in test:
+        observed = np.isfinite(entry["target"])
+        starts = [len(observed) - (window + 1) * steps for window in range(spec.data.windows)]
+        # Series without any value before their first window are left to the backtest, which counts them apart.
+        scored = starts[-1] > 0 and observed[: starts[-1]].any()
+        if not scored or all(
+            observed[0 if context is None else max(0, at - context) : at].any()
+            for at in starts
+            if observed[at : at + steps].any()
+        ):
+            kept.append(entry)
+    if not kept:
+        raise ValueError(
+            f"no test series is left: all {len(test)} have a window with no value in the {context} steps before it; use"
+            " a longer context_length or fewer data.windows"
+        )
+    return kept
 
 
 def _baseline(spec: TrialSpec, data: Data) -> Predictor:

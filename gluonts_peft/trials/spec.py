@@ -186,7 +186,8 @@ class TrialSpec(_Spec):
     adapter
         A name, a mapping with a name and options, or a list of these. ``"none"`` is zero-shot.
     prediction_length, context_length
-        Steps to forecast, and steps of history that the model sees at most.
+        Steps to forecast, and steps of history that the model sees at most. Test series in which it would see no value
+        before a window are left out and counted, for baselines too, so that all are scored on the same windows.
     backbone_options
         Options of the family.
     training
@@ -219,7 +220,6 @@ class TrialSpec(_Spec):
                 raise ValueError(unknown("baseline", self.checkpoint, get_args(Baseline)))
             if self.adapter != "none":
                 raise ValueError(f"adapter {self.adapter!r} cannot tune a baseline; write adapter 'none'")
-            self._set("context_length", None)
             self._set("backbone_options", {})
             self._set("seed", 0)
         else:

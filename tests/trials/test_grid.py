@@ -76,10 +76,10 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path, monkeyp
 
 
 def test_workers_give_what_one_process_gives(tmp_path: Path) -> None:
-    cells = study(adapter=["none", BROKEN, "bitfit"])
+    cells = study(adapter=[BROKEN, "bitfit"])
     alone = run_study(cells, tmp_path / "alone", progress=False)
     together = run_study(cells, tmp_path / "together", jobs=2, progress=False)
-    assert [result.status for result in together] == ["finished", "finished", "failed", "finished"]
+    assert [result.status for result in together] == ["finished", "failed", "finished"]
     for one, other in zip(alone, together, strict=True):
         assert one.spec == other.spec
         assert one.error == other.error
@@ -116,7 +116,7 @@ if __name__ == "__main__":
 
 
 def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
-    cells = study(adapter=["none", "bitfit"], seed=[0, 1, 2, 3])
+    cells = study(adapter=["none", "bitfit"], seed=[0, 1, 2])
     out = tmp_path / "out"
     script = tmp_path / "main.py"
     script.write_text(MAIN)
@@ -127,27 +127,38 @@ def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = traces(out)
-    assert 2 <= len(before) < 9
+    assert 2 <= len(before) < 7
     results = run_study(cells, out, progress=False)
-    assert [result.status for result in results] == ["finished"] * 9
+    assert [result.status for result in results] == ["finished"] * 7
     assert before.items() <= traces(out).items()
+
+
+DEADLY = """
+import os
+from gluonts_peft.trials import TrialResult, grid
+
+def run(trial, folder):
+    if trial.adapter == "bitfit":
+        os._exit(9)
+    result = TrialResult(spec=trial, status="finished")
+    result.write(grid.trial_folder(folder, trial))
+    return result
+
+def start(threads):
+    pass
+
+grid._run, grid._start_worker = run, start
+"""
 
 
 def test_a_trial_that_kills_its_process_fails_alone(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
-    script.write_text(
-        "import os\nfrom gluonts_peft.trials import run\n"
-        "tune = run._tune\n"
-        "def deadly(spec, *rest):\n"
-        "    os._exit(9) if spec.adapter == 'bitfit' else None\n"
-        "    return tune(spec, *rest)\n"
-        "run._tune = deadly\n" + MAIN
-    )
-    cells = study(adapter=["none", "bitfit", "layernorm"])
+    script.write_text(DEADLY + MAIN)
+    cells = study(adapter=["none", "bitfit", "layernorm", "lora"])
     out = tmp_path / "out"
     subprocess.run([sys.executable, str(script), cells.model_dump_json(), str(out), "2"], check=True)
     results = load_results(out)
-    assert [result.status for result in results] == ["finished", "finished", "failed", "finished"]
+    assert [result.status for result in results] == ["finished", "finished", "failed", "finished", "finished"]
     assert results[2].error == "the process of the trial was killed; it may have run out of memory"
 
 

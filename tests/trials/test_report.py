@@ -261,6 +261,17 @@ def test_a_study_that_has_not_begun_has_a_report(tmp_path: Path) -> None:
     assert "<td>lora (1 missing)</td>" in text
 
 
+def test_trials_of_different_weights_are_not_compared_in_silence(tmp_path: Path) -> None:
+    study = StudySpec(base={**BASE, "data": {"vital": "hr"}}, grid={"adapter": ["none", "lora"]})
+    (tmp_path / "study.json").write_text(study.model_dump_json())
+    for adapter, fingerprint in (("none", "aa"), ("lora", "bb")):
+        base = {"checkpoint": "bolt-nano", "fingerprint": fingerprint}
+        result = finished(adapter, 4.0).model_copy(update={"base": base, "versions": {"torch": "2"}})
+        result.write(tmp_path / "trials" / result.spec.hash())
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Caution: the trials were not run with the same weights of bolt-nano; see the end." in text
+
+
 def test_a_folder_without_trials_is_refused(tmp_path: Path) -> None:
     message = f"folder '{tmp_path}' cannot be used: it holds neither a study nor trials; name the folder of a study"
     with pytest.raises(SpecError, match=f"^{re.escape(message)}$"):

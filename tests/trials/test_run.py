@@ -204,3 +204,25 @@ def test_the_hourly_table_is_a_source_too(tmp_path: Path) -> None:
     pd.DataFrame(hours, columns=["stay_id", "hour", "hr", "map"]).to_parquet(path)
     trial = spec("none", data={"source": "hourly", "path": str(path), "vital": "map", "windows": 1})
     assert run_trial(trial, tmp_path / "trial").counts["series"] == len(load_data(trial.data).test) == 3
+
+
+def test_series_in_which_the_model_would_see_nothing_are_left_out_for_all(tmp_path: Path) -> None:
+    path = tmp_path / "gap.csv"
+    frame = pd.read_csv(long_table(path))
+    frame = frame[frame["item_id"].str.endswith("/hr")].reset_index(drop=True)
+    changes = {
+        "data": {"source": "file", "path": str(path), "windows": 1},
+        "prediction_length": 6,
+        "context_length": 12,
+    }
+    frame.to_csv(path, index=False)
+    gap = load_data(DataSpec(**changes["data"])).test[0]["item_id"]  # type: ignore[arg-type]
+    steps = frame.groupby("item_id").cumcount()
+    path = tmp_path / "holes.csv"
+    frame.loc[(frame["item_id"] == gap) & steps.between(60, 73), "target"] = np.nan
+    frame.to_csv(path, index=False)
+    changes["data"] = {"source": "file", "path": str(path), "windows": 1}
+    zero_shot = run_trial(spec("none", **changes), tmp_path / "zero-shot")
+    last = run_trial(spec("none", family="baseline", checkpoint="last_value", **changes), tmp_path / "last")
+    for result in (zero_shot, last):
+        assert (result.counts["series"], result.counts["skipped_nothing_seen"]) == (1, 1)

@@ -113,7 +113,7 @@ def test_the_hash_is_that_of_the_normal_form_in_any_process() -> None:
 def test_options_without_effect_do_not_make_another_trial() -> None:
     assert spec(adapter="none", training={"max_epochs": 3}) == spec(adapter="none")
     baseline = {"family": "baseline", "checkpoint": "last_value", "adapter": "none"}
-    assert spec(**baseline, seed=3, context_length=7, training={"max_epochs": 3}) == spec(**baseline)
+    assert spec(**baseline, seed=3, training={"max_epochs": 3}) == spec(**baseline)
 
 
 def test_training_options_and_their_defaults_are_those_of_the_estimator() -> None:
