@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
+import warnings
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -219,6 +221,9 @@ def _start_worker(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    # Each trial would say again what is left out of its data; results and report have the counts.
+    logging.getLogger("gluonts_peft").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Using `json`-module for json-handling")
 
 
 class _Bar:
