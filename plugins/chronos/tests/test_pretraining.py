@@ -77,7 +77,9 @@ def recipe_class(name: str) -> str:
 def test_bundled_checkpoints_are_those_of_the_recipe(name: str) -> None:
     folder = ChronosBackbone.bundled()[name]
     log, recipe = json.loads((folder / "pretraining.json").read_text()), pretraining.RECIPES[name]
-    assert log["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
+    # A log may be older than a parameter whose default changes nothing. JSON has no integer keys.
+    recorded = {**log["recipe"], "contexts": {int(length): p for length, p in log["recipe"]["contexts"].items()}}
+    assert pretraining.Recipe(**recorded) == recipe
     assert log["steps"] == recipe.steps
     config = json.loads((folder / "config.json").read_text())
     assert config["chronos_config"] == recipe.chronos
