@@ -245,14 +245,15 @@ class Backbone(nn.Module, ABC):
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Evaluation mode without gradients; the mode of every module is restored on exit."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
+        training = [module for module in self.modules() if module.training]
+        if training:
+            self.eval()
         try:
             with torch.no_grad():
                 yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            for module in training:
+                module.training = True
 
 
 def load_backbone(

@@ -126,7 +126,7 @@ class Method:
 # C3A: PEFT's named initialisations leave the model changed at the start; True means zeros there.
 layernorm = Method("layernorm", "LNTuningConfig", 3e-3, sites=("norm",))
 lora = Method("lora", "LoraConfig", 2e-3, defaults={"r": 2, "lora_alpha": 16})
-dora = Method("dora", "LoraConfig", 2e-3, defaults={"r": 2, "lora_alpha": 16, "use_dora": True})
+dora = Method("dora", "LoraConfig", 2e-3, defaults={"r": 2, "lora_alpha": 16, "use_dora": True}, dense=True)
 vera = Method("vera", "VeraConfig", 1e-2, defaults={"save_projection": False}, dense=True, innermost=True)
 fourierft = Method("fourierft", "FourierFTConfig", 1e-1, defaults={"n_frequency": 50, "init_weights": True}, dense=True)
 ia3 = Method("ia3", "IA3Config", 1e-2, sites=("k", "v"), feedforward=("ff_out",))
@@ -172,6 +172,7 @@ class PeftAdapter(Adapter):
         self._tuner: Any = None
         self._layers: list[Any] = []
         self._parameters: list[nn.Parameter] = []
+        self._folded: tuple[list[tuple[int, int, int]], list[Tensor]] | None = None
 
     @property
     def prefix(self) -> str:
@@ -259,26 +260,55 @@ class PeftAdapter(Adapter):
         for module, name, child in parents:
             setattr(module, name, child.base_layer)
         _forget_config(backbone.network)
-        self._tuner, self._layers, self._parameters = None, [], []
+        self._tuner, self._layers, self._parameters, self._folded = None, [], [], None
 
     @contextmanager
     def fused(self) -> Iterator[None]:
-        originals = [
-            (layer, layer.base_layer, [(p, p.detach().clone()) for p in layer.get_base_layer().parameters()])
-            for layer in self._layers
-        ]
-        self._fold()
+        if self._exchanges():
+            # LayerNorm tuning exchanges modules instead of changing weights: nothing is won by folding it.
+            yield
+            return
+        weights = [parameter for layer in self._layers for parameter in layer.get_base_layer().parameters()]
+        originals = [parameter.data for parameter in weights]
+        folded = self._folded_weights(weights)
+        for parameter, changed in zip(weights, folded, strict=True):
+            parameter.data = changed
+        for layer in self._layers:
+            layer.merged_adapters.append("default")
         try:
             yield
         finally:
-            for layer, base, parameters in reversed(originals):
-                if layer.base_layer is not base:
-                    # LayerNorm tuning merges by exchanging the two modules.
-                    layer.unmerge()
-                else:
-                    layer.merged_adapters.clear()
-                    for parameter, original in parameters:
-                        parameter.data.copy_(original)
+            for parameter, original in zip(weights, originals, strict=True):
+                parameter.data = original
+            for layer in self._layers:
+                layer.merged_adapters.clear()
+
+    def _exchanges(self) -> bool:
+        return self.method.config == "LNTuningConfig"
+
+    def _folded_weights(self, weights: list[nn.Parameter]) -> list[Tensor]:
+        """Return the base's weights with the adapter folded in, computed anew only if something has changed."""
+        # In a hybrid an earlier part changes the base under this one, without a trace in the versions.
+        alone = self.attached.adapter is self
+        key = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in (*weights, *self._tensors())]
+        if self._folded is not None and alone and self._folded[0] == key:
+            return self._folded[1]
+        originals = [parameter.data for parameter in weights]
+        for parameter in weights:
+            parameter.data = parameter.data.clone()
+        try:
+            self._fold()
+            folded = [parameter.data for parameter in weights]
+        finally:
+            for parameter, original in zip(weights, originals, strict=True):
+                parameter.data = original
+            for layer in self._layers:
+                layer.merged_adapters.clear()
+        self._folded = (key, folded)
+        return folded
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters)

@@ -16,13 +16,14 @@ product of two thin matrices: with places (p_j, q_j) and coefficients c_j in a s
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["fourier_delta", "make_dense", "vera_delta"]
+__all__ = ["c3a_delta", "dora_weight", "fourier_delta", "make_dense", "vera_delta", "waveft_delta"]
 
 
 def make_dense(layer: Any) -> None:
@@ -56,22 +57,78 @@ class _Dense:
         if self.disable_adapters or self.merged or args or kwargs:
             result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
-        delta = _delta(self)
         base = self.base_layer
         if type(base) is nn.Linear:
-            return functional.linear(x, base.weight + delta.to(base.weight.dtype), base.bias)
-        # Around another adapter's layer the base is not one matrix.
+            return functional.linear(x, _weight(self, base), base.bias)
+        if _is_dora(self):
+            # Its change depends on the base's weight, which is not one matrix around another adapter's layer.
+            result = super().forward(x)  # type: ignore[misc]
+            return result
         out: Tensor = base(x)
-        return out + functional.linear(x, delta.to(x.dtype))
+        return out + functional.linear(x, _delta(self).to(x.dtype))
+
+
+def _is_dora(layer: Any) -> bool:
+    return bool(getattr(layer, "lora_magnitude_vector", None))
+
+
+def _weight(layer: Any, base: nn.Linear) -> Tensor:
+    if _is_dora(layer):
+        return dora_weight(layer, base)
+    return base.weight + _delta(layer).to(base.weight.dtype)
 
 
 def _delta(layer: Any) -> Tensor:
-    if hasattr(layer, "fourierft_spectrum"):
-        return fourier_delta(layer)
-    if hasattr(layer, "vera_lambda_b"):
-        return vera_delta(layer)
+    for tensor, function in _FASTER.items():
+        if hasattr(layer, tensor):
+            return function(layer)
     delta: Tensor = layer.get_delta_weight("default")
     return delta
+
+
+def dora_weight(layer: Any, base: nn.Linear) -> Tensor:
+    """Return DoRA's changed weight, ``m V / |V|`` with ``V = W + (alpha/r) B A`` and the norm taken as a constant."""
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    direction = base.weight + layer.scaling["default"] * delta
+    norm = torch.linalg.vector_norm(direction.detach(), dim=1)
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    weight: Tensor = (magnitude / norm)[:, None] * direction
+    return weight
+
+
+def c3a_delta(layer: Any) -> Tensor:
+    """Return C3A's change, blocks of circulant matrices: ``dW[m b + i, n b + j] = w[m, n, (j - i) mod b] / in``."""
+    kernel: Tensor = layer.c3a_kernel["default"]
+    size = kernel.shape[-1]
+    # Row i of a circulant matrix is a window of its kernel written twice, i steps further left.
+    rows = torch.cat([kernel, kernel], -1).unfold(-1, size, 1)[:, :, 1:].flip(2)
+    delta: Tensor = rows.permute(0, 2, 1, 3).reshape(layer.out_features, layer.in_features)
+    return delta / layer.in_features
+
+
+def waveft_delta(layer: Any) -> Tensor:
+    """Return WaveFT's change; with the Haar wavelet each coefficient is a block of two by two, put where it belongs."""
+    name = "default"
+    rows, columns = layer.out_features, layer.in_features
+    if layer.waveft_wavelet_family[name] != "db1" or not layer.waveft_use_idwt[name] or rows % 2 or columns % 2:
+        general: Tensor = layer.get_delta_weight(name)
+        return general
+    spectrum: Tensor = layer.waveft_spectrum[name]
+    table = getattr(layer, "_waveft_table", None)
+    if table is None or table[0].device != spectrum.device:
+        row, column = layer.waveft_indices[name].to(spectrum.device)
+        lower, right = row >= rows // 2, column >= columns // 2
+        places, signs = [], []
+        for i in (0, 1):
+            for j in (0, 1):
+                places.append((2 * (row % (rows // 2)) + i) * columns + 2 * (column % (columns // 2)) + j)
+                # The right half of the spectrum changes sign from row to row, the lower half from column to column.
+                odd = (right if i else torch.zeros_like(right)) ^ (lower if j else torch.zeros_like(lower))
+                signs.append(torch.where(odd, -0.5, 0.5))
+        scale = layer.waveft_scaling[name]
+        table = layer._waveft_table = (torch.cat(places), torch.cat(signs) * scale)
+    flat = spectrum.new_zeros(rows * columns)
+    return flat.index_add(0, table[0], spectrum.repeat(4) * table[1]).view(rows, columns)
 
 
 def vera_delta(layer: Any) -> Tensor:
@@ -107,3 +164,11 @@ def fourier_delta(layer: Any) -> Tensor:
     left, right = tables
     delta: Tensor = (left * spectrum.repeat(2)) @ right
     return delta
+
+
+_FASTER: dict[str, Callable[[Any], Tensor]] = {
+    "fourierft_spectrum": fourier_delta,
+    "vera_lambda_b": vera_delta,
+    "c3a_kernel": c3a_delta,
+    "waveft_spectrum": waveft_delta,
+}

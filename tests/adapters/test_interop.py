@@ -250,6 +250,7 @@ DENSE = {
     "randlora": peft.RandLoraConfig(r=5, target_modules=TARGETS),
     "c3a": peft.C3AConfig(block_size=8, target_modules=TARGETS, init_weights="xavier_uniform"),
     "waveft": peft.WaveFTConfig(n_frequency=30, target_modules=TARGETS),
+    "dora": peft.LoraConfig(r=3, lora_alpha=6, use_dora=True, target_modules=TARGETS),
 }
 
 
