@@ -102,8 +102,8 @@ def c3a_delta(layer: Any) -> Tensor:
     size = kernel.shape[-1]
     # Row i of a circulant matrix is a window of its kernel written twice, i steps further left.
     rows = torch.cat([kernel, kernel], -1).unfold(-1, size, 1)[:, :, 1:].flip(2)
-    delta: Tensor = rows.permute(0, 2, 1, 3).reshape(layer.out_features, layer.in_features)
-    return delta / layer.in_features
+    delta: Tensor = rows.permute(0, 2, 1, 3).reshape(layer.out_features, layer.in_features) / layer.in_features
+    return delta
 
 
 def waveft_delta(layer: Any) -> Tensor:
