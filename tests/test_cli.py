@@ -274,7 +274,7 @@ def test_tuning_that_did_not_help(data: Path, tmp_path: Path) -> None:
         (["--checkpoint", "bolt"], "checkpoint 'bolt' is neither a bundled name (bolt-nano, t5-nano), nor an existing"),
         (["--horizon", "-3"], "prediction_length -3 is not positive; name the steps to forecast"),
         (["--horizon", "50"], "no series is left, skipped 3 of 3 series: 3 too short;"),
-        (["--context", "9999"], "context_length 9999 exceeds the 512 steps that checkpoint 'bolt-nano' can see"),
+        (["--context", "9999"], "context_length 9999 exceeds the 504 steps that checkpoint 'bolt-nano' can see"),
         (["--epochs", "0"], "max_epochs 0 is not positive"),
         (["--gate", "kep"], "gate 'kep' is unknown; did you mean 'keep'? known: fallback, keep, raise"),
         (["--device", "tpu9"], "device 'tpu9' is unknown; name 'auto', 'cpu', 'cuda' or 'cuda:1'"),

@@ -202,7 +202,7 @@ def test_wrong_arguments_are_refused_at_once(options: dict[str, Any], message: s
         ),
         (
             {"context_length": 100_000},
-            "context_length 100000 exceeds the 512 steps that checkpoint 'bolt-nano' can see",
+            "context_length 100000 exceeds the 504 steps that checkpoint 'bolt-nano' can see",
         ),
         ({"backbone_options": {"temperature": 0.5}}, "backbone option 'temperature' is unknown; known: (none)"),
         (
