@@ -406,8 +406,8 @@ def test_long_horizons_are_announced(checkpoint: str, own: int, beyond: int, cap
         gluonts_peft.load_backbone("chronos", checkpoint=checkpoint, prediction_length=horizon)
 
     assert caplog.messages == [
-        f"prediction_length {horizon} exceeds the {own} steps of checkpoint {checkpoint!r}: forecasts roll on from their"
-        f" own output, as the official pipeline does, and training uses the first {own} steps of each label"
+        f"prediction_length {horizon} exceeds the {own} steps of checkpoint {checkpoint!r}: forecasts roll on from"
+        f" their own output, as the official pipeline does, and training uses the first {own} steps of each label"
     ]
 
 
