@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from .adapters.base import Adapter
 
-__all__ = ["SITES", "Backbone", "Source", "Trajectories", "load_backbone"]
+__all__ = ["CAPABILITIES", "SITES", "Backbone", "Source", "Trajectories", "load_backbone"]
 
 SITES: dict[str, str] = {
     "q": "query projections of attention (modules)",
@@ -37,6 +37,16 @@ SITES: dict[str, str] = {
     "embedding": "layers that embed the input (modules)",
     "head": "layers that make the forecast from the last features (modules)",
     "bias": "bias tensors (parameters)",
+}
+
+
+CAPABILITIES: dict[str, str] = {
+    "samples": "forecasts are sample paths",
+    "quantiles": "forecasts are quantiles",
+    "features": "other heads can be put on it",
+    "reconstruct": "gives back its input, for anomalies and gaps",
+    "covariates": "takes dynamic features, known in the future or in the past only",
+    "multivariate": "takes targets of several dimensions",
 }
 
 
@@ -58,7 +68,8 @@ class Trajectories:
     Parameters
     ----------
     values
-        Shape ``(batch, n, prediction_length)``, float32: ``n`` quantiles or ``n`` sample paths.
+        Shape ``(batch, n, prediction_length)``, float32: ``n`` quantiles or ``n`` sample paths; of multivariate
+        targets ``(batch, n, prediction_length, dimensions)``.
     levels
         Quantile levels of axis 1, or None for sample paths.
     """
@@ -73,9 +84,14 @@ class Backbone(nn.Module, ABC):
     Subclasses set the class attributes, build ``network`` in ``__init__`` and implement :meth:`load_network`,
     :meth:`sites`, :meth:`loss`, :meth:`forecast` and :meth:`export`.
 
-    Batches are mappings of GluonTS names to tensors: ``past_target`` and ``past_observed_values`` of shape
-    ``(batch, context)``, and for training ``future_target`` and ``future_observed_values`` of shape
-    ``(batch, prediction_length)``. Missing values and padding are 0 where the observed mask is 0.
+    Batches are mappings of GluonTS names to float32 tensors: ``past_target`` and ``past_observed_values`` of shape
+    ``(batch, past)`` with ``past <= past_length``, and for training ``future_target`` and ``future_observed_values``
+    of shape ``(batch, prediction_length)``. Missing values, and padding on the left, are 0 where the observed mask
+    is 0. Families with capability ``"multivariate"`` also take targets with a last axis of dimensions; those with
+    ``"covariates"`` get ``feat_dynamic_real`` and ``observed_feat_dynamic_real`` of shape
+    ``(batch, past + prediction_length, features)``, ``past_feat_dynamic_real`` and
+    ``past_observed_feat_dynamic_real`` of shape ``(batch, past, features)`` where the data have them; those that name
+    ``time_features`` get ``time_feat`` of shape ``(batch, past + prediction_length, len(time_features))``.
 
     Attributes
     ----------
@@ -84,10 +100,14 @@ class Backbone(nn.Module, ABC):
     network
         The pretrained module that adapters rewrite.
     capabilities
-        What the family can do beyond univariate forecasting: a subset of ``"samples"``, ``"quantiles"``,
-        ``"features"``, ``"reconstruct"``, ``"covariates"``, ``"multivariate"``.
+        What the family can do: a subset of :data:`CAPABILITIES`.
     impossible
         Adapter name -> reason, for adapters that have no place to attach to in this family.
+    untrained
+        Kinds of site whose weights the checkpoint does not bring, such as the head of a model that was pretrained to
+        reconstruct: they must train along with any adapter, and there is no zero-shot forecast.
+    time_features
+        Names of functions of ``gluonts.time_feature`` whose values the network takes.
     source
         Base checkpoint, revision and fingerprint.
     options
@@ -99,6 +119,8 @@ class Backbone(nn.Module, ABC):
     family: ClassVar[str]
     capabilities: ClassVar[frozenset[str]] = frozenset()
     impossible: ClassVar[Mapping[str, str]] = {}
+    untrained: tuple[str, ...] = ()
+    time_features: tuple[str, ...] = ()
 
     network: nn.Module
 
@@ -201,7 +223,7 @@ class Backbone(nn.Module, ABC):
         Parameters
         ----------
         batch
-            ``past_target`` and ``past_observed_values``.
+            As for training, without the label; ``past`` is the longest history in the batch.
         num_samples
             Sample paths a series, for families that sample.
         generator
@@ -211,6 +233,33 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def export(self, folder: Path) -> None:
         """Write the network in the family's official layout into an existing folder."""
+
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return what the network makes of the history, shape ``(batch, patches, d_model)``, for other heads.
+
+        Raises
+        ------
+        NotImplementedError
+            If the family does not declare the capability ``"features"``.
+        """
+        raise NotImplementedError(f"family {self.family!r} does not offer features; capability 'features' names those")
+
+    def reconstruct(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the history as the network sees it, shape of ``past_target``, also where it was not observed.
+
+        Raises
+        ------
+        NotImplementedError
+            If the family does not declare the capability ``"reconstruct"``.
+        """
+        raise NotImplementedError(
+            f"family {self.family!r} does not reconstruct its input; capability 'reconstruct' names those that do"
+        )
+
+    @property
+    def past_length(self) -> int:
+        """Steps of history in a batch; more than ``context_length`` where the network looks back by lags."""
+        return self.context_length
 
     @property
     def device(self) -> torch.device:

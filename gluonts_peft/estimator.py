@@ -198,18 +198,19 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             If ``gate="raise"`` and tuning did not beat zero-shot.
         """
         backbone = self.load_backbone()
-        adapter = get_adapter(self.adapter)
-        store = self._store(training_data, "training")
+        adapter = get_adapter(_with_head(self.adapter, backbone))
+        store = self._store(training_data, "training", backbone)
         held_out = self.prediction_length if validation_data is None else 0
-        lengths = {
-            "context_length": backbone.context_length,
+        lengths: dict[str, Any] = {
+            "context_length": backbone.past_length,
             "prediction_length": self.prediction_length,
             "min_context": self.min_context or min(backbone.context_length, self.prediction_length),
             "seed": self.options.seed,
+            "time_features": backbone.time_features,
         }
         windows = Windows(store, holdout=held_out, **lengths)
         _report("training", windows.skipped)
-        held_out_store = store if validation_data is None else self._store(validation_data, "validation")
+        held_out_store = store if validation_data is None else self._store(validation_data, "validation", backbone)
         held_out_windows = Windows(held_out_store, **lengths)
         _report("validation", held_out_windows.skipped)
         validation = list(
@@ -238,13 +239,32 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                 adapter.detach()
         return PeftPredictor(backbone, fit=result, seed=self.options.seed, device=self.options.device)
 
-    def _store(self, dataset: Dataset, name: str) -> SeriesStore:
+    def _store(self, dataset: Dataset, name: str, backbone: Backbone) -> SeriesStore:
+        kinds: dict[str, Any] = {
+            "features": "covariates" in backbone.capabilities,
+            "multivariate": "multivariate" in backbone.capabilities,
+        }
         if self.folder is None:
-            return SeriesStore.from_dataset(dataset)
+            return SeriesStore.from_dataset(dataset, **kinds)
         folder = self.folder / "series" / name
         # What an earlier run left there may be of other data.
         shutil.rmtree(folder, ignore_errors=True)
-        return SeriesStore.from_dataset(dataset, folder)
+        return SeriesStore.from_dataset(dataset, folder, **kinds)
+
+
+def _with_head(spec: Any, backbone: Backbone) -> Any:
+    """Add the head to an adapter where the checkpoint brings none: it has to be trained whatever else is."""
+    parts = spec if isinstance(spec, list) else [spec]
+    names = {part if isinstance(part, str) else part["name"] for part in parts}
+    if "head" not in backbone.untrained or names & {"head", "full"}:
+        return spec
+    if names == {"none"}:
+        raise ValueError(
+            f"adapter 'none' trains nothing, but checkpoint {backbone.source.checkpoint!r} has no forecasting head to"
+            " forecast with; train one with adapter 'head' (linear probing), or along with any other"
+        )
+    logger.info("checkpoint %r has no forecasting head: it is trained along with %s", backbone.source.checkpoint, spec)
+    return [*parts, "head"]
 
 
 def _report(name: str, skipped: Skipped) -> None:

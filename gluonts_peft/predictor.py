@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gluonts.dataset.common import Dataset
 from gluonts.model.forecast import Forecast, QuantileForecast, SampleForecast
@@ -102,14 +103,22 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         backbone = self.backbone
         generator = torch.Generator(device=backbone.device).manual_seed(self.seed)
         fused = backbone.adapter.fused if backbone.adapter is not None else None
-        batches = context_batches(dataset, context_length=backbone.context_length, batch_size=self.batch_size)
+        batches = context_batches(
+            dataset,
+            context_length=backbone.past_length,
+            batch_size=self.batch_size,
+            prediction_length=self.prediction_length,
+            features="covariates" in backbone.capabilities,
+            multivariate="multivariate" in backbone.capabilities,
+            time_features=backbone.time_features,
+        )
         position = 0
         for entries, batch in batches:
             for offset, entry in enumerate(entries):
                 if not batch["past_observed_values"][offset].any():
                     name = entry.get("item_id", f"at position {position + offset}")
                     raise ValueError(
-                        f"series {name!r} has no observed value in its last {backbone.context_length} steps: there is"
+                        f"series {name!r} has no observed value in its last {backbone.past_length} steps: there is"
                         " nothing to forecast from; leave it out"
                     )
             position += len(entries)
@@ -336,7 +345,7 @@ def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories) -> Iterat
     values = result.values.float().cpu().numpy()
     for entry, own in zip(entries, values, strict=True):
         common = {
-            "start_date": entry["start"] + len(entry["target"]),
+            "start_date": entry["start"] + np.shape(entry["target"])[-1],
             "item_id": entry.get("item_id"),
             "info": entry.get("info"),
         }

@@ -69,7 +69,8 @@ def sample_series(
 
 
 def _standardise(values: Array) -> Array:
-    return (values - values.mean(1, keepdims=True)) / (values.std(1, keepdims=True) + 1e-8)
+    standardised: Array = (values - values.mean(1, keepdims=True)) / (values.std(1, keepdims=True) + 1e-8)
+    return standardised
 
 
 def _trend(rng: np.random.Generator, batch_size: int, time: Array) -> Array:
@@ -97,22 +98,29 @@ def _seasons(rng: np.random.Generator, batch_size: int, time: Array, daily: floa
         * rng.uniform(0.2, 1.0, (batch_size, 1))
         * _season(rng, batch_size, time, second)
     )
-    # Amplitude that drifts slowly.
+    # Amplitude that drifts slowly, and a shape that does: yesterday then tells more than last week, but not all.
     drift = np.exp(0.4 * _smooth(rng, batch_size, len(time)))
-    return np.where(rng.random((batch_size, 1)) < 0.3, values * drift, values)
+    values = np.where(rng.random((batch_size, 1)) < 0.3, values * drift, values)
+    wander = (rng.random((batch_size, 1)) < 0.4) * np.exp(rng.normal(-0.7, 0.6, (batch_size, 1)))
+    for _ in range(2):
+        values += wander * _smooth(rng, batch_size, len(time)) * _season(rng, batch_size, time, period)
+    return values
 
 
 def _season(rng: np.random.Generator, batch_size: int, time: Array, period: Array) -> Array:
-    values = np.zeros((batch_size, len(time)))
+    turn = np.exp(2j * np.pi / period * time).astype(np.complex64)
+    power = np.ones_like(turn)
+    values = np.zeros(turn.shape, dtype=np.float32)
     decay = rng.uniform(0.2, 2.5, (batch_size, 1))
     norm = np.zeros((batch_size, 1))
     harmonics = np.where(rng.random((batch_size, 1)) < 0.3, 1, rng.integers(2, 11, (batch_size, 1)))
     for k in range(1, 11):
+        power *= turn
         amplitude = np.where((2 * k <= period) & (k <= harmonics), rng.normal(0.0, 1.0, (batch_size, 1)) / k**decay, 0)
         if k == 1:
             amplitude = np.where(harmonics == 1, 1.0, amplitude)
-        phase = rng.uniform(0.0, 2 * np.pi, (batch_size, 1))
-        values += amplitude * np.sin(2 * np.pi * k / period * time + phase)
+        phase = np.exp(1j * rng.uniform(0.0, 2 * np.pi, (batch_size, 1)))
+        values += ((amplitude * phase).astype(np.complex64) * power).imag
         norm += amplitude**2 / 2
     return values / np.sqrt(norm + 1e-6)
 
@@ -153,7 +161,8 @@ def _level_shift(rng: np.random.Generator, values: Array) -> Array:
     batch_size, length = values.shape
     at = rng.integers(0, length, (batch_size, 1))
     size = rng.normal(0.0, 2.0, (batch_size, 1)) * values.std(1, keepdims=True)
-    return values + (rng.random((batch_size, 1)) < 0.12) * size * (np.arange(length) >= at)
+    shifted: Array = values + (rng.random((batch_size, 1)) < 0.12) * size * (np.arange(length) >= at)
+    return shifted
 
 
 def _pointwise(rng: np.random.Generator, values: Array) -> Array:

@@ -114,21 +114,24 @@ class Gate:
     Parameters
     ----------
     zero_shot, tuned
-        Mean training loss of the family over the validation windows, before and after; lower is better.
+        Mean training loss of the family over the validation windows, before and after; lower is better. There is no
+        score before where the checkpoint brings no forecasting head.
     windows
         Number of validation windows.
     """
 
-    zero_shot: float
+    zero_shot: float | None
     tuned: float
     windows: int
 
     @property
     def passed(self) -> bool:
         """Whether tuning helped."""
-        return self.tuned < self.zero_shot
+        return math.isfinite(self.tuned) if self.zero_shot is None else self.tuned < self.zero_shot
 
     def __str__(self) -> str:
+        if self.zero_shot is None:
+            return f"no zero-shot forecast to compare with: validation loss {self.tuned:.5g} ({self.windows} windows)"
         change = 100.0 * (self.tuned / self.zero_shot - 1.0) if self.zero_shot else math.nan
         verdict = "tuning helped" if self.passed else "tuning did not help"
         return (
@@ -379,13 +382,13 @@ def fit(
     """
     device = resolve_device(options.device)
     backbone.to(device)
-    zero_shot = mean_loss(backbone, validation)
+    zero_shot = None if backbone.untrained else mean_loss(backbone, validation)
     count = sum(len(batch["past_target"]) for batch in validation)
     rate = adapter.learning_rate if options.learning_rate is None else options.learning_rate
     with _seeded(options.seed, device):
         adapter.attach(backbone)
         if adapter.num_parameters() == 0:
-            return Fit(Gate(zero_shot, zero_shot, count), 0, 0, 0.0, 0.0)
+            return Fit(Gate(zero_shot, math.inf if zero_shot is None else zero_shot, count), 0, 0, 0.0, 0.0)
         adapter.prepare(options.total_steps)
         run = {
             "adapter": adapter.spec,

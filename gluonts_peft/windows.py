@@ -7,6 +7,9 @@ label is ``[cut, cut + prediction_length)``. For prediction, `context_batches` w
 
 Missing values are NaN in a dataset and in a store; in a batch they are 0 with an observed value of 0, and so is the
 padding on the left of a context that reaches back beyond the start of its series.
+
+Most data are univariate, and a store is then one flat array. With several dimensions or with dynamic features a step is
+a row instead: the target's dimensions, then the features, in the order of its `Layout`.
 """
 
 from __future__ import annotations
@@ -17,21 +20,24 @@ import json
 import operator
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["LastWindows", "SeriesStore", "Skipped", "Windows", "context_batches"]
+__all__ = ["FEATURES", "LastWindows", "Layout", "SeriesStore", "Skipped", "Windows", "context_batches"]
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
 Batch = dict[str, Floats]
 
-_FORMAT = 1
+FEATURES = {"feat_dynamic_real": True, "past_feat_dynamic_real": False}
+"""GluonTS fields that hold dynamic features, and whether they are known in the future too."""
+
+_FORMAT = 2
 _VALUES, _OFFSETS, _EDGES, _INDEX = "values.bin", "offsets.npy", "edges.npy", "series.json"
 # Elements gathered at once where the caller sets no batch size: a few MiB of indices.
 _CHUNK = 1 << 18
@@ -39,21 +45,63 @@ _CHUNK = 1 << 18
 _MAX_DRAWS = 1 << 20
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a step of a data set holds.
+
+    Attributes
+    ----------
+    dimensions : int or None
+        Dimensions of the target; None for univariate targets of shape (steps,).
+    features : tuple of (str, int)
+        Fields of `FEATURES` that there are, and how many features each holds.
+    """
+
+    dimensions: int | None = None
+    features: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def plain(self) -> bool:
+        """Whether a step is a single number."""
+        return self.dimensions is None and not self.features
+
+    @property
+    def target(self) -> int:
+        """Columns of the target."""
+        return self.dimensions or 1
+
+    @property
+    def width(self) -> int:
+        """Columns of a step."""
+        return self.target + sum(width for _, width in self.features)
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], *, features: bool, multivariate: bool) -> Layout:
+        """Layout of a data set, from its first entry."""
+        dimensions = len(_numbers(entry, 0, "target", (1, 2))) if multivariate and _ndim(entry, "target") == 2 else None
+        found = [name for name in FEATURES if features and entry.get(name) is not None]
+        return cls(dimensions, tuple((name, len(np.atleast_2d(_numbers(entry, 0, name, (1, 2))))) for name in found))
+
+
 class SeriesStore:
-    """Univariate series, end to end in one flat array.
+    """Series, end to end in one array.
 
     Made by `from_dataset` or `open`, not by calling the class.
 
     Attributes
     ----------
-    values : ndarray, float32, shape (total steps,)
+    values : ndarray, float32, shape (total steps,) or (total steps, columns)
         All series one after another, read-only, NaN where missing; backed by a `numpy.memmap` if there is a folder.
+    layout : Layout
+        What the columns are; a plain one for the flat array.
     offsets : ndarray, int64, shape (series + 1,)
         Series ``i`` is ``values[offsets[i]:offsets[i + 1]]``.
     edges : ndarray, int64, shape (series, 2)
         Position of the first and of the last observed value of each series; (length, -1) where there is none.
     missing : int
         Number of missing values in the store.
+    ordinals : ndarray, int64, shape (series,)
+        Ordinal of the first period of each series; 0 where it has no start.
     item_ids : list of str
         One a series; its position where the dataset has no ``item_id``.
     starts : list of (str or None)
@@ -81,6 +129,8 @@ class SeriesStore:
         edges: Integers,
         *,
         missing: int,
+        layout: Layout,
+        ordinals: Integers,
         item_ids: list[str],
         starts: list[str | None],
         freq: str | None,
@@ -90,6 +140,8 @@ class SeriesStore:
         self.offsets = offsets
         self.edges = edges
         self.missing = missing
+        self.layout = layout
+        self.ordinals = ordinals
         self.item_ids = item_ids
         self.starts = starts
         self.freq = freq
@@ -102,6 +154,8 @@ class SeriesStore:
         dataset: Iterable[Mapping[str, Any]],
         folder: str | Path | None = None,
         *,
+        features: bool = False,
+        multivariate: bool = False,
         max_memory: int = 1 << 30,
     ) -> SeriesStore:
         """Read a dataset once, from its first entry to its last, and keep its targets.
@@ -114,6 +168,11 @@ class SeriesStore:
         folder : path, optional
             Where to write the store, made if need be. One series at a time is in memory. Without it the store is in
             memory and nothing is written.
+        features : bool
+            Keep dynamic features as well, the fields of `FEATURES` that the first entry has; all entries must have
+            the same. Their shape is (features, steps); steps beyond the target's are left out.
+        multivariate : bool
+            Take targets of shape (dimensions, steps) too.
         max_memory : int
             Most bytes of values that a store without a folder may take.
 
@@ -125,15 +184,15 @@ class SeriesStore:
             An entry is not a mapping, or its target is not numbers.
         ValueError
             The dataset is empty or without values, does not fit into `max_memory`, or an entry has no target, a
-            target not of one dimension, or one that is infinite as float32. The message names the entry.
+            target of another shape, or one that is infinite as float32; features too. The message names the entry.
         """
         if folder is None:
             limit = _integer("max_memory", max_memory, 1)
             sink = io.BytesIO()
-            index = _write_series(dataset, sink, limit)
+            index = _write_series(dataset, sink, limit, features, multivariate)
             values = np.frombuffer(sink.getbuffer(), np.float32)
             values.flags.writeable = False
-            return cls(values, **index)
+            return cls(_shaped(values, index["layout"]), **index)
         folder = Path(folder)
         if (folder / _INDEX).exists():
             raise FileExistsError(
@@ -144,12 +203,14 @@ class SeriesStore:
         path = folder / _VALUES
         try:
             with path.open("wb") as file:
-                index = _write_series(dataset, file, None)
+                index = _write_series(dataset, file, None, features, multivariate)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
         np.save(folder / _OFFSETS, index.pop("offsets"))
         np.save(folder / _EDGES, index.pop("edges"))
+        index["ordinals"] = index["ordinals"].tolist()
+        index["layout"] = asdict(index["layout"])
         # The index comes last and at once, so a folder that has it is complete.
         partial = folder / f"{_INDEX}.partial"
         partial.write_text(json.dumps({"format": _FORMAT, **index}), encoding="utf-8")
@@ -183,14 +244,17 @@ class SeriesStore:
                 f"series store '{folder}' is damaged, {_INDEX} lists {count} series, {_OFFSETS} has {len(offsets) - 1} "
                 f"and {_EDGES} has {len(edges)}: {again}"
             )
-        size, expected = (folder / _VALUES).stat().st_size, 4 * int(offsets[-1])
+        features = tuple((str(name), int(width)) for name, width in index["layout"]["features"])
+        layout = index["layout"] = Layout(index["layout"]["dimensions"], features)
+        index["ordinals"] = np.array(index["ordinals"], np.int64)
+        size, expected = (folder / _VALUES).stat().st_size, 4 * int(offsets[-1]) * layout.width
         if size != expected:
             raise ValueError(
                 f"series store '{folder}' is damaged, {_VALUES} has {size} bytes instead of {expected}: {again}"
             )
         # A plain view of the map: numpy's own subclass makes each small operation slower.
         values = np.asarray(np.memmap(folder / _VALUES, np.float32, mode="r"))
-        return cls(values, offsets, edges, folder=folder, **index)
+        return cls(_shaped(values, layout), offsets, edges, folder=folder, **index)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -199,10 +263,11 @@ class SeriesStore:
         low, high = int(self.lengths.min()), int(self.lengths.max())
         steps = f"{low}" if low == high else f"{low} to {high}"
         freq = f", freq {self.freq!r}" if self.freq else ""
+        shape = "" if self.layout.plain else f", {self.layout}"
         place = "in memory" if self.folder is None else f"in '{self.folder}'"
         return (
             f"SeriesStore({len(self)} series of {steps} steps, {len(self.values)} values, "
-            f"{self.missing} missing{freq}, {place})"
+            f"{self.missing} missing{freq}{shape}, {place})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -218,7 +283,7 @@ class SeriesStore:
         return np.diff(self.offsets)
 
     def series(self, i: int) -> Floats:
-        """Series `i` as a read-only view of shape (steps,), NaN where missing.
+        """Series `i` as a read-only view of shape (steps,) or (steps, columns), NaN where missing.
 
         Raises
         ------
@@ -230,12 +295,14 @@ class SeriesStore:
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
     def fingerprint(self) -> str:
-        """SHA-256 of offsets and values as hexadecimal text; names and starts do not count, nor the place.
+        """SHA-256 of offsets, layout and values as hexadecimal text; names and starts do not count, nor the place.
 
         The first call reads the whole store, a piece at a time.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256(np.ascontiguousarray(self.offsets, "<i8").data)
+            if not self.layout.plain:
+                digest.update(json.dumps(asdict(self.layout)).encode())
             for begin in range(0, len(self.values), 1 << 20):
                 digest.update(np.ascontiguousarray(self.values[begin : begin + (1 << 20)], "<f4").data)
             self._fingerprint = digest.hexdigest()
@@ -304,6 +371,8 @@ class Windows:
         on ``holdout=prediction_length`` and validate on `last` of windows without a holdout.
     seed : int
         Seed of `sample`.
+    time_features : sequence of str
+        Functions of `gluonts.time_feature` such as ``"hour_of_day"``; batches then hold their values as ``time_feat``.
 
     Attributes
     ----------
@@ -340,8 +409,10 @@ class Windows:
         min_context: int = 1,
         holdout: int = 0,
         seed: int = 0,
+        time_features: Sequence[str] = (),
     ) -> None:
         self.store = store
+        self.time_features = _known_time_features(time_features, store)
         self.context_length = _integer("context_length", context_length, 1)
         self.prediction_length = _integer("prediction_length", prediction_length, 1)
         self.min_context = _integer("min_context", min_context, 1)
@@ -390,15 +461,17 @@ class Windows:
         -------
         dict of ndarray, float32
             ``past_target`` and ``past_observed_values`` of shape (B, C), ``future_target`` and
-            ``future_observed_values`` of shape (B, H); missing values and padding are 0, with observed value 0.
+            ``future_observed_values`` of shape (B, H), or with D dimensions (B, C, D) and (B, H, D); missing values
+            and padding are 0, with observed value 0. With features also ``feat_dynamic_real`` and
+            ``observed_feat_dynamic_real`` of shape (B, C + H, F), ``past_feat_dynamic_real`` and
+            ``past_observed_feat_dynamic_real`` of shape (B, C, K); with time features ``time_feat``, (B, C + H, T).
 
         Raises
         ------
         ValueError
             Gaps leave next to no admissible window.
         """
-        _, _, values, observed = self._draw(step, batch_size)
-        return self._batch(values, observed)
+        return self._batch(*self._draw(step, batch_size))
 
     def pairs(self, step: int, batch_size: int) -> tuple[Integers, Integers]:
         """The series and the cuts of the windows that `sample` returns, int64, each of shape (B,).
@@ -440,7 +513,7 @@ class Windows:
                 f"cut {cuts[wrong][0]} of series {series[wrong][0]} leaves no room for "
                 f"prediction_length={self.prediction_length}: cuts go from 0 to {room[wrong][0]}"
             )
-        return self._batch(*self._gather(series, cuts))
+        return self._batch(series, cuts, *self._gather(series, cuts))
 
     def last(
         self,
@@ -528,29 +601,33 @@ class Windows:
             size = min(2 * (batch_size - found) * drawn // max(found, 1), max(self._rows(), batch_size))
 
     def _gather(self, series: Integers, cuts: Integers) -> tuple[Floats, NDArray[np.bool_]]:
-        """Values, 0 where not observed, and whether observed, of shape (B, C + H)."""
+        """Values, 0 where not observed, and whether observed, of shape (B, C + H) or (B, C + H, columns)."""
         begins = self.store.offsets[series]
         index = (begins + cuts)[:, None] + self._steps
         # Out of bounds happens only before the first series, and is padding.
-        values = self.store.values.take(index, mode="clip")
+        values = self.store.values.take(index, axis=0, mode="clip")
         observed = index >= begins[:, None]
+        if values.ndim == 3:
+            observed = np.repeat(observed[:, :, None], values.shape[2], axis=2)
         if self.store.missing:
             observed &= values == values
         np.copyto(values, 0, where=~observed)
         return values, observed
 
     def _admissible(self, observed: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        if observed.ndim == 3:
+            observed = np.asarray(observed[:, :, : self.store.layout.target].any(2))
         context, label = observed[:, : self.context_length], observed[:, self.context_length :]
         return np.asarray(context.any(1) & label.any(1))
 
-    def _batch(self, values: Floats, observed: NDArray[np.bool_]) -> Batch:
-        length = self.context_length
-        return {
-            "past_target": np.ascontiguousarray(values[:, :length]),
-            "past_observed_values": observed[:, :length].astype(np.float32),
-            "future_target": np.ascontiguousarray(values[:, length:]),
-            "future_observed_values": observed[:, length:].astype(np.float32),
-        }
+    def _batch(self, series: Integers, cuts: Integers, values: Floats, observed: NDArray[np.bool_]) -> Batch:
+        batch = _named(values, observed, self.context_length, self.store.layout)
+        if self.time_features:
+            steps = cuts[:, None] + self._steps
+            batch["time_feat"] = _time_features(
+                self.time_features, str(self.store.freq), self.store.ordinals[series], steps
+            )
+        return batch
 
     def _rows(self) -> int:
         return max(1, _CHUNK // len(self._steps))
@@ -600,7 +677,14 @@ class LastWindows:
 
 
 def context_batches(
-    dataset: Iterable[Mapping[str, Any]], *, context_length: int, batch_size: int
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    context_length: int,
+    batch_size: int,
+    prediction_length: int = 0,
+    features: bool = False,
+    multivariate: bool = False,
+    time_features: Sequence[str] = (),
 ) -> Iterator[tuple[list[Mapping[str, Any]], Batch]]:
     """The ends of all series of a dataset, in batches and in order, for prediction.
 
@@ -614,6 +698,12 @@ def context_batches(
         Most steps taken from the end of a series.
     batch_size : int
         Entries a batch, B; the last batch may have fewer.
+    prediction_length : int
+        Steps after the end of a series, H, that features and time features must cover too.
+    features, multivariate
+        As for `SeriesStore.from_dataset`; ``feat_dynamic_real`` must reach `prediction_length` steps beyond the target.
+    time_features : sequence of str
+        As for `Windows`.
 
     Yields
     ------
@@ -622,7 +712,8 @@ def context_batches(
     batch : dict of ndarray, float32
         ``past_target`` and ``past_observed_values`` of shape (B, width), where the width is that of the longest
         context of the batch, at least 1 and at most `context_length`; shorter ones are padded on the left. Missing
-        values and padding are 0, with observed value 0. An entry without any observed value in its context, also an
+        values and padding are 0, with observed value 0. Features and time features are as in
+        `Windows.sample`. An entry without any observed value in its context, also an
         empty one, is yielded like the others, its observed values all 0: what to do with it is the caller's choice.
 
     Raises
@@ -643,52 +734,138 @@ def context_batches(
     """
     context_length = _integer("context_length", context_length, 1)
     batch_size = _integer("batch_size", batch_size, 1)
+    horizon = _integer("prediction_length", prediction_length, 0)
 
     # A generator of its own, so that wrong arguments are reported by the call.
     def batches() -> Iterator[tuple[list[Mapping[str, Any]], Batch]]:
+        layout = Layout()
         entries: list[Mapping[str, Any]] = []
         contexts: list[Floats] = []
+        lengths: list[int] = []
+
+        def batch() -> Batch:
+            found = _pad_left(contexts, layout, horizon)
+            if time_features:
+                steps = np.arange(-found["past_target"].shape[1], horizon)
+                found["time_feat"] = _time_features_after(time_features, entries, lengths, steps)
+            return found
+
         for position, entry in enumerate(dataset):
-            contexts.append(_target(entry, position)[-context_length:])
+            if position == 0 and (features or multivariate):
+                layout = Layout.of(entry, features=features, multivariate=multivariate)
+            rows = _rows(entry, position, layout, horizon)
+            lengths.append(len(rows) - (0 if layout.plain else horizon))
+            contexts.append(rows[max(lengths[-1] - context_length, 0) :])
             entries.append(entry)
             if len(entries) == batch_size:
-                yield entries, _pad_left(contexts)
-                entries, contexts = [], []
+                yield entries, batch()
+                entries, contexts, lengths = [], [], []
         if entries:
-            yield entries, _pad_left(contexts)
+            yield entries, batch()
 
     return batches()
 
 
-def _pad_left(contexts: list[Floats]) -> Batch:
-    width = max(1, *(len(context) for context in contexts))
-    values = np.full((len(contexts), width), np.nan, np.float32)
+def _pad_left(contexts: list[Floats], layout: Layout, horizon: int) -> Batch:
+    # Rows of a layout that is not plain go on for the horizon, for features that are known there.
+    future = 0 if layout.plain else horizon
+    width = max(1, *(len(context) - future for context in contexts))
+    shape = (len(contexts), width + future) + (() if layout.plain else (layout.width,))
+    values = np.full(shape, np.nan, np.float32)
     for row, context in zip(values, contexts, strict=True):
-        row[width - len(context) :] = context
+        row[len(row) - len(context) :] = context
     observed = ~np.isnan(values)
     np.copyto(values, 0, where=~observed)
-    return {"past_target": values, "past_observed_values": observed.astype(np.float32)}
+    batch = _named(values, observed, width, layout)
+    return {name: value for name, value in batch.items() if not name.startswith("future_")}
 
 
-def _write_series(dataset: Iterable[Mapping[str, Any]], sink: BinaryIO, max_memory: int | None) -> dict[str, Any]:
-    """Append all targets to `sink`; return what `SeriesStore` wants to know besides the values."""
-    offsets, edges = array("q", [0]), array("q")
+def _named(values: Floats, observed: NDArray[np.bool_], past: int, layout: Layout) -> Batch:
+    """Name the parts of values and mask of shape (B, past + future) or (B, past + future, columns)."""
+
+    def part(columns: Any, steps: slice) -> tuple[Floats, Floats]:
+        where = (slice(None), steps) if layout.plain else (slice(None), steps, columns)
+        return np.ascontiguousarray(values[where]), observed[where].astype(np.float32)
+
+    target = slice(layout.dimensions) if layout.dimensions is not None else 0
+    batch: Batch = {}
+    batch["past_target"], batch["past_observed_values"] = part(target, slice(past))
+    batch["future_target"], batch["future_observed_values"] = part(target, slice(past, None))
+    begin = layout.target
+    for name, width in layout.features:
+        columns, begin = slice(begin, begin + width), begin + width
+        steps, mask = (
+            (slice(None), f"observed_{name}")
+            if FEATURES[name]
+            else (slice(past), name.replace("past", "past_observed", 1))
+        )
+        batch[name], batch[mask] = part(columns, steps)
+    return batch
+
+
+def _shaped(values: Floats, layout: Layout) -> Floats:
+    return values if layout.plain else values.reshape(-1, layout.width)
+
+
+def _known_time_features(names: Sequence[str], store: SeriesStore) -> tuple[str, ...]:
+    if names and store.freq is None:
+        raise ValueError("time features need series that start at periods of one frequency; give each a 'start'")
+    return tuple(names)
+
+
+def _time_features(names: Sequence[str], freq: str, starts: Integers, steps: Integers) -> Floats:
+    """Values of functions of `gluonts.time_feature` so many steps (B, S) after periods (B,), shape (B, S, names)."""
+    import pandas as pd
+    from gluonts import time_feature
+
+    # Ordinals of periods of 5 minutes count minutes.
+    ordinals = starts[:, None] + pd.Period("2000-01-01", freq=freq).freq.n * steps
+    index = pd.PeriodIndex.from_ordinals(ordinals.ravel(), freq=freq)  # type: ignore[attr-defined]
+    columns = [np.asarray(getattr(time_feature, name)(index), np.float32) for name in names]
+    return np.stack(columns, -1).reshape(*ordinals.shape, len(names))
+
+
+def _time_features_after(
+    names: Sequence[str], entries: list[Mapping[str, Any]], lengths: list[int], steps: Integers
+) -> Floats:
+    """Time features around the ends of series, whose frequencies may differ."""
+    starts = [entry.get("start") for entry in entries]
+    if any(not hasattr(start, "freqstr") for start in starts):
+        raise ValueError("time features need a 'start' that is a pandas.Period in every entry")
+    found = np.empty((len(entries), len(steps), len(names)), np.float32)
+    for freq in {start.freqstr for start in starts}:  # type: ignore[union-attr]
+        rows = [row for row, start in enumerate(starts) if start.freqstr == freq]  # type: ignore[union-attr]
+        ordinals = np.array([starts[row].ordinal for row in rows], np.int64)  # type: ignore[union-attr]
+        ends = np.array([lengths[row] for row in rows], np.int64)
+        found[rows] = _time_features(names, freq, ordinals, ends[:, None] + steps)
+    return found
+
+
+def _write_series(
+    dataset: Iterable[Mapping[str, Any]], sink: BinaryIO, max_memory: int | None, features: bool, multivariate: bool
+) -> dict[str, Any]:
+    """Append all series to `sink`; return what `SeriesStore` wants to know besides the values."""
+    layout = Layout()
+    offsets, edges, ordinals = array("q", [0]), array("q"), array("q")
     item_ids: list[str] = []
     starts: list[str | None] = []
     freqs: set[str | None] = set()
     missing = 0
     for position, entry in enumerate(dataset):
-        values = _target(entry, position)
+        if position == 0 and (features or multivariate):
+            layout = Layout.of(entry, features=features, multivariate=multivariate)
+        values = _rows(entry, position, layout)
         total = offsets[-1] + len(values)
-        if max_memory is not None and total * 4 > max_memory:
+        if max_memory is not None and total * layout.width * 4 > max_memory:
             raise ValueError(
-                f"the first {position + 1} series of the dataset take {total * 4} bytes, more than max_memory="
-                f"{max_memory}: name a folder, SeriesStore.from_dataset(dataset, folder), to keep them on disk, "
-                "or raise max_memory"
+                f"the first {position + 1} series of the dataset take {total * layout.width * 4} bytes, more than "
+                f"max_memory={max_memory}: name a folder, SeriesStore.from_dataset(dataset, folder), to keep them on "
+                "disk, or raise max_memory"
             )
-        observed = ~np.isnan(values)
+        known: NDArray[np.bool_] = np.asarray(~np.isnan(values))
+        missing += values.size - int(known.sum())
+        observed = known if layout.plain else np.asarray(known[:, : layout.target].any(1))
         count = int(observed.sum())
-        missing += len(values) - count
         first, last = (int(observed.argmax()), int(observed[::-1].argmax())) if count else (len(values), len(values))
         edges.extend((first, len(values) - 1 - last))
         sink.write(values.data)
@@ -697,6 +874,7 @@ def _write_series(dataset: Iterable[Mapping[str, Any]], sink: BinaryIO, max_memo
         item_ids.append(str(position if item_id is None else item_id))
         starts.append(None if start is None else str(start))
         freqs.add(getattr(start, "freqstr", None))
+        ordinals.append(getattr(start, "ordinal", 0))
     if not item_ids:
         raise ValueError("dataset is empty: give at least one entry with a 'target'")
     if not offsets[-1]:
@@ -705,43 +883,89 @@ def _write_series(dataset: Iterable[Mapping[str, Any]], sink: BinaryIO, max_memo
         "offsets": np.array(offsets, np.int64),
         "edges": np.array(edges, np.int64).reshape(-1, 2),
         "missing": missing,
+        "layout": layout,
+        "ordinals": np.array(ordinals, np.int64),
         "item_ids": item_ids,
         "starts": starts,
         "freq": freqs.pop() if len(freqs) == 1 else None,
     }
 
 
-def _target(entry: Mapping[str, Any], position: int) -> Floats:
-    """The target of an entry as a new float32 array of shape (steps,) without infinities."""
+def _rows(entry: Mapping[str, Any], position: int, layout: Layout, horizon: int = 0) -> Floats:
+    """The steps of an entry as a new float32 array of shape (steps,); (steps + horizon, columns) if not plain."""
+    if layout.plain:
+        return _numbers(entry, position, "target", (1,))
+    target = _numbers(entry, position, "target", (1 if layout.dimensions is None else 2,))
+    steps = target.shape[-1]
+    rows = np.full((steps + horizon, layout.width), np.nan, np.float32)
+    rows[:steps, : layout.target] = _of_width(target, layout.target, entry, position, "target").T
+    begin = layout.target
+    for name, width in layout.features:
+        values = _of_width(_numbers(entry, position, name, (1, 2)), width, entry, position, name)
+        needed = steps + horizon if FEATURES[name] else steps
+        if values.shape[1] < needed:
+            raise ValueError(
+                f"{name} of {_called(entry, position)} has {values.shape[1]} steps, needed are {needed}: the target's"
+                f" {steps}" + (f" and the {horizon} to forecast" if horizon and FEATURES[name] else "")
+            )
+        rows[:needed, begin : begin + width] = values[:, :needed].T
+        begin += width
+    return rows
+
+
+def _of_width(values: Floats, width: int, entry: Mapping[str, Any], position: int, name: str) -> Floats:
+    values = np.atleast_2d(values)
+    if len(values) != width:
+        raise ValueError(
+            f"{name} of {_called(entry, position)} has {len(values)} rows, that of the first entry {width}: give all"
+            " entries the same"
+        )
+    return values
+
+
+def _called(entry: Mapping[str, Any], position: int) -> str:
+    item_id = entry.get("item_id")
+    return f"entry {position}" if item_id is None else f"item_id {item_id!r}"
+
+
+def _ndim(entry: Mapping[str, Any], name: str) -> int:
+    return np.ndim(entry[name]) if isinstance(entry, Mapping) and name in entry else 1
+
+
+def _numbers(entry: Mapping[str, Any], position: int, field: str, ndims: tuple[int, ...]) -> Floats:
+    """A field of an entry as a new float32 array without infinities."""
     if not isinstance(entry, Mapping):
         raise TypeError(f"entry {position} of the dataset is a {type(entry).__name__}: give a dict with a 'target'")
-    item_id = entry.get("item_id")
-    name = f"entry {position}" if item_id is None else f"item_id {item_id!r}"
-    if "target" not in entry:
-        raise ValueError(f"{name} has no 'target', only {sorted(map(str, entry))}: give one of shape (steps,)")
+    name = _called(entry, position)
+    shape = "(steps,)" if 1 in ndims else "(rows, steps)"
+    if field not in entry:
+        raise ValueError(f"{name} has no {field!r}, only {sorted(map(str, entry))}: give one of shape {shape}")
     try:
-        raw = np.asarray(entry["target"])
+        raw = np.asarray(entry[field])
     except ValueError as error:
-        raise ValueError(f"target of {name} is not an array ({error}): give one of shape (steps,)") from None
-    if raw.ndim > 1:
+        raise ValueError(f"{field} of {name} is not an array ({error}): give one of shape {shape}") from None
+    if ndims == (1,) and raw.ndim > 1:
         raise ValueError(
-            f"multivariate targets are not supported, target of {name} has shape {raw.shape}: "
+            f"multivariate targets are not supported, {field} of {name} has shape {raw.shape}: "
             "give each dimension as an entry of its own"
         )
     if raw.ndim == 0:
-        raise ValueError(f"target of {name} is {entry['target']!r}, without a dimension: give one of shape (steps,)")
+        raise ValueError(f"{field} of {name} is {entry[field]!r}, without a dimension: give one of shape {shape}")
+    if raw.ndim not in ndims:
+        raise ValueError(f"{field} of {name} has shape {raw.shape}, expected {shape} as in the first entry")
     if raw.dtype.kind not in "biuf":
-        wrong = [value for value in raw.tolist() if not isinstance(value, (int, float))][:1]
+        wrong = [value for value in raw.ravel().tolist() if not isinstance(value, (int, float))][:1]
         detail = f" with the value {wrong[0]!r}" if wrong else ""
-        raise TypeError(f"target of {name} has type {raw.dtype}{detail}: give numbers, with NaN for missing values")
+        raise TypeError(f"{field} of {name} has type {raw.dtype}{detail}: give numbers, with NaN for missing values")
     with np.errstate(over="ignore"):
         values = raw.astype(np.float32)
     infinite = np.isinf(values)
     if infinite.any():
-        at = int(infinite.argmax())
-        if np.isinf(raw[at]):
-            raise ValueError(f"target of {name} has the value {raw[at]} at step {at}: give NaN for missing values")
-        raise ValueError(f"target of {name} has the value {raw[at]} at step {at}, too large for float32: rescale it")
+        at = int(infinite.any(0).argmax() if raw.ndim == 2 else infinite.argmax())
+        value = raw[..., at] if raw.ndim == 1 else raw[int(infinite[:, at].argmax()), at]
+        if np.isinf(value):
+            raise ValueError(f"{field} of {name} has the value {value} at step {at}: give NaN for missing values")
+        raise ValueError(f"{field} of {name} has the value {value} at step {at}, too large for float32: rescale it")
     # One bit pattern for missing, or equal data could have unequal fingerprints.
     values[np.isnan(values)] = np.nan
     return values

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from gluonts import time_feature
 from gluonts.dataset.common import ListDataset
 from gluonts.dataset.pandas import PandasDataset
 
-from gluonts_peft.windows import SeriesStore, Skipped, Windows, context_batches
+from gluonts_peft.windows import Layout, SeriesStore, Skipped, Windows, context_batches
 
 NAN = float("nan")
 LENGTHS = (40, 7, 1, 25, 12, 3)
@@ -319,10 +320,10 @@ def test_damaged_stores_are_refused(dataset, tmp_path):
         )
     (tmp_path / "values.bin").write_bytes(values)
     for number in (0, 7):
-        (tmp_path / "series.json").write_text(index.replace('"format": 1', f'"format": {number}'))
+        (tmp_path / "series.json").write_text(index.replace('"format": 2', f'"format": {number}'))
         with pytest.raises(ValueError, match="format") as caught:
             SeriesStore.open(tmp_path)
-        assert str(caught.value) == f"series store '{tmp_path}' has format {number}, this version reads 1: {again}"
+        assert str(caught.value) == f"series store '{tmp_path}' has format {number}, this version reads 2: {again}"
     (tmp_path / "series.json").write_text(index)
     np.save(tmp_path / "offsets.npy", np.array([0, 153]))
     with pytest.raises(ValueError, match="damaged") as caught:
@@ -690,3 +691,117 @@ def test_context_batches_are_lazy_and_may_be_none():
 def test_the_module_is_light():
     script = "import sys, gluonts_peft.windows; sys.exit(any(name in sys.modules for name in ('torch', 'ray', 'peft')))"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, check=False).returncode == 0
+
+
+def rich_entry(steps: int, future: int = 0, dimensions: int = 2, start: str = "2024-01-01 05:00") -> dict[str, Any]:
+    """Values that tell where they come from: thousands for the field, tens for the row, units for the step."""
+    step = np.arange(steps + future, dtype=np.float64)
+    return {
+        "item_id": f"{steps}",
+        "start": pd.Period(start, freq="h"),
+        "target": 10.0 * np.arange(dimensions)[:, None] + step[:steps] / 10,
+        "feat_dynamic_real": 1000.0 + 10.0 * np.arange(3)[:, None] + step / 10,
+        "past_feat_dynamic_real": 2000.0 + step[None, :steps] / 10,
+    }
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_dimensions_and_features_keep_their_places(on_disk: bool, tmp_path: Path) -> None:
+    entries = [rich_entry(9), rich_entry(12)]
+    entries[1]["target"][1, 5] = np.nan
+    entries[1]["feat_dynamic_real"][2, 6] = np.nan
+    store = SeriesStore.from_dataset(entries, tmp_path / "s" if on_disk else None, features=True, multivariate=True)
+    assert store.layout == Layout(2, (("feat_dynamic_real", 3), ("past_feat_dynamic_real", 1)))
+    assert store.values.shape == (21, 6)
+    assert store.missing == 2
+    windows = Windows(store, context_length=5, prediction_length=2)
+    batch = windows.read([1, 0], [6, 3])
+
+    def steps(begin: int, end: int) -> np.ndarray:
+        return np.arange(begin, end)[:, None] / 10
+
+    np.testing.assert_allclose(batch["past_target"][0][:, 0], steps(1, 6)[:, 0], atol=1e-6)
+    np.testing.assert_allclose(batch["past_target"][0][:4, 1], 10 + steps(1, 5)[:, 0], atol=1e-6)
+    assert batch["past_target"][0, 4, 1] == 0
+    np.testing.assert_array_equal(batch["past_observed_values"][0], [[1, 1]] * 4 + [[1, 0]])
+    np.testing.assert_allclose(batch["future_target"][0], steps(6, 8) + [0, 10], atol=1e-6)
+    known = batch["feat_dynamic_real"]
+    assert known.shape == (2, 7, 3)
+    np.testing.assert_allclose(known[0, :, :2], 1000 + steps(1, 8) + [0, 10], atol=1e-4)
+    np.testing.assert_array_equal(batch["observed_feat_dynamic_real"][0, :, 2], [1, 1, 1, 1, 1, 0, 1])
+    np.testing.assert_allclose(batch["past_feat_dynamic_real"][0], 2000 + steps(1, 6), atol=1e-4)
+    # The second window reaches back two steps beyond its series: padding in every field.
+    for name in ("past_observed_values", "observed_feat_dynamic_real", "past_observed_feat_dynamic_real"):
+        assert not batch[name][1, :2].any()
+        assert batch[name][1, 2:5].all()
+    assert not batch["past_target"][1, :2].any()
+    reopened = SeriesStore.open(tmp_path / "s") if on_disk else store
+    assert reopened.fingerprint() == store.fingerprint()
+    assert reopened.layout == store.layout
+    fewer = SeriesStore.from_dataset(entries, multivariate=True)
+    assert fewer.layout == Layout(2)
+    assert fewer.fingerprint() != store.fingerprint()
+
+
+def test_prediction_gets_features_of_the_future() -> None:
+    entries = [rich_entry(4, future=3), rich_entry(9, future=5)]
+    [(found, batch)] = context_batches(
+        entries, context_length=6, batch_size=8, prediction_length=3, features=True, multivariate=True
+    )
+    assert found == entries
+    assert batch["past_target"].shape == (2, 6, 2)
+    assert "future_target" not in batch
+    np.testing.assert_allclose(batch["past_target"][1, :, 1], 10 + np.arange(3, 9) / 10, atol=1e-6)
+    np.testing.assert_allclose(batch["feat_dynamic_real"][1, :, 0], 1000 + np.arange(3, 12) / 10, atol=1e-4)
+    np.testing.assert_allclose(batch["feat_dynamic_real"][0, 2:, 0], 1000 + np.arange(7) / 10, atol=1e-4)
+    np.testing.assert_array_equal(batch["observed_feat_dynamic_real"][0, :, 0], [0, 0] + [1] * 7)
+    assert batch["past_feat_dynamic_real"].shape == (2, 6, 1)
+    with pytest.raises(ValueError, match=r"feat_dynamic_real of item_id '4' has 7 steps, needed are 8: the target's 4"):
+        list(
+            context_batches(
+                entries, context_length=6, batch_size=8, prediction_length=4, features=True, multivariate=True
+            )
+        )
+
+
+def test_entries_with_other_rows_are_refused() -> None:
+    other = rich_entry(6)
+    other["feat_dynamic_real"] = other["feat_dynamic_real"][:2]
+    with pytest.raises(ValueError, match=r"feat_dynamic_real of item_id '6' has 2 rows, that of the first entry 3"):
+        SeriesStore.from_dataset([rich_entry(5), other], features=True, multivariate=True)
+    with pytest.raises(ValueError, match=r"target of item_id '6' has 3 rows, that of the first entry 2"):
+        SeriesStore.from_dataset([rich_entry(5), rich_entry(6, dimensions=3)], features=True, multivariate=True)
+    bare = {"item_id": "b", "target": rich_entry(5)["target"]}
+    with pytest.raises(ValueError, match=r"item_id 'b' has no 'feat_dynamic_real'"):
+        SeriesStore.from_dataset([rich_entry(5), bare], features=True, multivariate=True)
+    with pytest.raises(ValueError, match="multivariate targets are not supported"):
+        SeriesStore.from_dataset([rich_entry(5)], features=True)
+
+
+@pytest.mark.parametrize("freq", ["h", "5min", "W", "M", "D"])
+def test_time_features_are_those_of_gluonts(freq: str) -> None:
+    names = ("minute_of_hour", "hour_of_day", "day_of_week", "day_of_month", "day_of_year")
+    entries = [
+        {"start": pd.Period("2023-12-30 22:50", freq=freq), "target": np.arange(30.0)},
+        {"start": pd.Period("2024-02-27 01:05", freq=freq), "target": np.arange(40.0)},
+    ]
+    windows = Windows(SeriesStore.from_dataset(entries), context_length=7, prediction_length=3, time_features=names)
+    cuts = [9, 25]
+    found = windows.read([0, 1], cuts)["time_feat"]
+    [(_, batch)] = context_batches(entries, context_length=7, batch_size=2, prediction_length=3, time_features=names)
+    assert found.shape == batch["time_feat"].shape == (2, 10, 5)
+    for row, (entry, cut) in enumerate(zip(entries, cuts, strict=True)):
+        for features, end in ((found, cut), (batch["time_feat"], len(entry["target"]))):
+            index = pd.period_range(entry["start"], periods=60, freq=freq)[end - 7 : end + 3]
+            expected = np.stack([np.asarray(getattr(time_feature, name)(index)) for name in names], -1)
+            np.testing.assert_allclose(features[row], expected, atol=1e-6)
+
+
+def test_time_features_need_a_frequency() -> None:
+    with pytest.raises(ValueError, match="time features need series that start at periods of one frequency"):
+        Windows(
+            SeriesStore.from_dataset([{"target": np.arange(9.0)}]),
+            context_length=2,
+            prediction_length=1,
+            time_features=("hour_of_day",),
+        )

@@ -302,7 +302,7 @@ def _examples(forecasts: list[Forecast], test: list[DataEntry]) -> list[dict[str
 
 
 def _finite(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _versions(spec: TrialSpec) -> dict[str, str]:
