@@ -130,12 +130,13 @@ class Backbone(nn.Module, ABC):
             raise ValueError(f"prediction_length {prediction_length} is not positive; name the steps to forecast")
         if context_length <= 0:
             raise ValueError(f"context_length {context_length} is not positive; name the steps of history to use")
-        self.network = network.requires_grad_(False).eval()
+        self.network = network.requires_grad_(False)
         self.prediction_length = prediction_length
         self.context_length = context_length
         self.source = source
         self.options: dict[str, Any] = {}
         self.adapter: Adapter | None = None
+        self.eval()
 
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.network.parameters())
@@ -295,8 +296,8 @@ class Backbone(nn.Module, ABC):
     def inference(self) -> Iterator[None]:
         """Evaluation mode without gradients; the mode of every module is restored on exit."""
         training = [module for module in self.modules() if module.training]
-        if training:
-            self.eval()
+        for module in training:
+            module.training = False
         try:
             with torch.no_grad():
                 yield

@@ -172,6 +172,8 @@ class PeftAdapter(Adapter):
         self._tuner: Any = None
         self._layers: list[Any] = []
         self._parameters: list[nn.Parameter] = []
+        self._weights: list[nn.Parameter] = []
+        self._watched: list[Tensor] = []
         self._folded: tuple[list[tuple[int, int, int]], list[Tensor]] | None = None
 
     @property
@@ -239,6 +241,8 @@ class PeftAdapter(Adapter):
         if self.method.dense:
             for layer in self._layers:
                 make_dense(layer)
+        self._weights = [parameter for layer in self._layers for parameter in layer.get_base_layer().parameters()]
+        self._watched = [tensor for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
 
     def _detach(self, backbone: Backbone) -> None:
         self._unwrap(backbone)
@@ -261,6 +265,7 @@ class PeftAdapter(Adapter):
             setattr(module, name, child.base_layer)
         _forget_config(backbone.network)
         self._tuner, self._layers, self._parameters, self._folded = None, [], [], None
+        self._weights, self._watched = [], []
 
     @contextmanager
     def fused(self) -> Iterator[None]:
@@ -268,7 +273,7 @@ class PeftAdapter(Adapter):
             # LayerNorm tuning exchanges modules instead of changing weights: nothing is won by folding it.
             yield
             return
-        weights = [parameter for layer in self._layers for parameter in layer.get_base_layer().parameters()]
+        weights = self._weights
         originals = [parameter.data for parameter in weights]
         folded = self._folded_weights(weights)
         for parameter, changed in zip(weights, folded, strict=True):
@@ -290,7 +295,7 @@ class PeftAdapter(Adapter):
         """Return the base's weights with the adapter folded in, computed anew only if something has changed."""
         # In a hybrid an earlier part changes the base under this one, without a trace in the versions.
         alone = self.attached.adapter is self
-        key = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in (*weights, *self._tensors())]
+        key = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in (*weights, *self._watched)]
         if self._folded is not None and alone and self._folded[0] == key:
             return self._folded[1]
         originals = [parameter.data for parameter in weights]
@@ -306,9 +311,6 @@ class PeftAdapter(Adapter):
                 layer.merged_adapters.clear()
         self._folded = (key, folded)
         return folded
-
-    def _tensors(self) -> list[Tensor]:
-        return [tensor for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters)
