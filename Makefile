@@ -10,11 +10,13 @@ JOBS ?= 2
 
 install: .venv/.complete
 
-.venv/.complete: setup.cfg pyproject.toml constraints.txt plugins/chronos/pyproject.toml
+PLUGINS := $(wildcard plugins/*/pyproject.toml)
+
+.venv/.complete: setup.cfg pyproject.toml constraints.txt $(PLUGINS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" --editable plugins/chronos
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" $(PLUGINS:%/pyproject.toml=--editable %)
 	touch $@
 
 demo: install

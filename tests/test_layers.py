@@ -10,7 +10,11 @@ import pytest
 
 import gluonts_peft
 
-PLUGINS = {"gluonts_peft_chronos", "chronos"}
+PLUGINS = {
+    *(f"gluonts_peft_{name}" for name in ("chronos", "moirai", "lag_llama", "moment")),
+    "chronos",
+    "uni2ts",
+}
 # Modules that must be cheap: none of them needs a model.
 WITHOUT_TORCH = ["gluonts_peft", "registry", "checkpoint", "windows", "metrics", "data", "vitals"]
 MODULES = sorted(

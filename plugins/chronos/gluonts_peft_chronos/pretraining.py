@@ -43,7 +43,7 @@ RECIPES = {
         horizon=72,
         contexts={504: 0.5, 240: 0.2, 120: 0.15, 72: 0.1, 36: 0.05},
         batch_size=128,
-        steps=9_000,
+        steps=16_000,
         daily=0.5,
         learning_rate=3e-3,
     ),
