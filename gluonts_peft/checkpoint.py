@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -199,3 +200,7 @@ def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: dict[str, str
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{str(path)!r} cannot be written: {error}") from error
+    # The library leaves a file that only its owner can read; others of a group may be meant to.
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -373,3 +373,11 @@ def test_hub_checkpoint_is_found_in_the_local_cache_without_a_network(
     assert first == f"{commit} {commit} ['model.safetensors']"
     assert second.startswith("checkpoint 'me/absent@v7' cannot be fetched from the hub (LocalEntryNotFoundError: ")
     assert second.endswith("; check the name and the network, name a local folder, or use a bundled checkpoint: none")
+
+
+def test_written_tensors_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+
+    (tmp_path / "other").touch()
+    save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", {})
+
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
