@@ -21,6 +21,7 @@ from gluonts_peft.checkpoint import (
     parse,
     read_config,
     resolve,
+    save_tensors,
     weight_files,
 )
 from gluonts_peft_chronos import ChronosBackbone
@@ -265,8 +266,8 @@ def test_unknown_pipeline(folder: Path, pipeline: str, hint: str) -> None:
     change_config(folder, lambda config: config.update(chronos_pipeline_class=pipeline))
 
     assert failure(load, folder) == (
-        f"checkpoint folder {str(folder)!r}: pipeline {pipeline!r} is unknown; {hint}known: ChronosBoltPipeline,"
-        " ChronosPipeline"
+        f"checkpoint folder {str(folder)!r}: pipeline {pipeline!r} is unknown; {hint}known: Chronos2Pipeline,"
+        " ChronosBoltPipeline, ChronosPipeline"
     )
 
 
@@ -304,7 +305,7 @@ def test_hub_that_cannot_be_reached(name: str, error: Exception, reason: str, mo
 
     assert failure(load, name) == (
         f"checkpoint {name!r} cannot be fetched from the hub ({type(error).__name__}: {reason}); check the name and the"
-        " network, name a local folder, or use a bundled checkpoint: bolt-nano, t5-nano"
+        " network, name a local folder, or use a bundled checkpoint: bolt-nano, chronos2-nano, t5-nano"
     )
 
 
@@ -314,7 +315,8 @@ def test_name_that_the_hub_refuses(name: str) -> None:
 
     assert message.startswith(f"checkpoint {name!r} cannot be fetched from the hub (HFValidationError: ")
     assert message.endswith(
-        "; check the name and the network, name a local folder, or use a bundled checkpoint: bolt-nano, t5-nano"
+        "; check the name and the network, name a local folder, or use a bundled checkpoint:"
+        " bolt-nano, chronos2-nano, t5-nano"
     )
 
 

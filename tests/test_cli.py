@@ -128,7 +128,7 @@ def test_a_wrong_name_on_the_command_line_exits_2(arguments: list[str], sentence
 
 
 def test_families_lists_the_plug_in() -> None:
-    header, row = [line for line in ok("families").splitlines() if line[:1] in "┃│"]
+    header, *rows = [line for line in ok("families").splitlines() if line[:1] in "┃│"]
     assert [cell.strip() for cell in header.strip("┃").split("┃")] == [
         "family",
         "distribution",
@@ -136,9 +136,11 @@ def test_families_lists_the_plug_in() -> None:
         "bundled checkpoints",
         "capabilities",
     ]
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells[:2] == ["chronos", "gluonts-peft-chronos"]
-    assert cells[3] == "bolt-nano, t5-nano"
+    found = [[cell.strip() for cell in row.strip("│").split("│")] for row in rows]
+    assert [cells[0] for cells in found] == registry.families.names()
+    [cells] = [cells for cells in found if cells[0] == "chronos"]
+    assert cells[1] == "gluonts-peft-chronos"
+    assert cells[3] == "bolt-nano, chronos2-nano, t5-nano"
 
 
 def test_a_plug_in_that_does_not_load_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +149,7 @@ def test_a_plug_in_that_does_not_load_is_listed_with_its_error(monkeypatch: pyte
     monkeypatch.setattr(registry.families, "_entry_points", lambda: points)
     monkeypatch.setattr(registry.families, "_loaded", {})
     output = ok("families")
-    assert "bolt-nano, t5-nano" in output
+    assert "bolt-nano, chronos2-nano, t5-nano" in output
     sentence = (
         "family 'broken' of unknown unknown cannot be loaded from 'no_such_plug_in:Estimator':"
         " ModuleNotFoundError: No module named 'no_such_plug_in'"
@@ -270,8 +272,11 @@ def test_tuning_that_did_not_help(data: Path, tmp_path: Path) -> None:
             ["--adapter", '["lora"]'],
             "a hybrid needs at least two adapters, got ['lora']; name a single adapter by itself",
         ),
-        (["--family", "cronos"], "family 'cronos' is unknown; did you mean 'chronos'? known: chronos"),
-        (["--checkpoint", "bolt"], "checkpoint 'bolt' is neither a bundled name (bolt-nano, t5-nano), nor an existing"),
+        (["--family", "cronos"], "family 'cronos' is unknown; did you mean 'chronos'? known: "),
+        (
+            ["--checkpoint", "bolt"],
+            "checkpoint 'bolt' is neither a bundled name (bolt-nano, chronos2-nano, t5-nano), nor an existing",
+        ),
         (["--horizon", "-3"], "prediction_length -3 is not positive; name the steps to forecast"),
         (["--horizon", "50"], "no series is left, skipped 3 of 3 series: 3 too short;"),
         (["--context", "9999"], "context_length 9999 exceeds the 504 steps that checkpoint 'bolt-nano' can see"),

@@ -192,7 +192,8 @@ def test_wrong_arguments_are_refused_at_once(options: dict[str, Any], message: s
     [
         (
             {"checkpoint": "bolt-nan"},
-            "checkpoint 'bolt-nan' is neither a bundled name (bolt-nano, t5-nano), nor an existing folder, nor a hub id"
+            "checkpoint 'bolt-nan' is neither a bundled name (bolt-nano,"
+            " chronos2-nano, t5-nano), nor an existing folder, nor a hub id"
             " such as 'amazon/chronos-bolt-tiny'",
         ),
         ({"device": "gpu"}, "device 'gpu' is unknown; name 'auto', 'cpu', 'cuda' or 'cuda:1'"),

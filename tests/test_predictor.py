@@ -22,11 +22,12 @@ from gluonts.model.evaluation import evaluate_model
 from gluonts.model.forecast import QuantileForecast, SampleForecast
 from gluonts.model.predictor import Predictor
 
-from gluonts_peft import PeftPredictor, get_estimator
+from gluonts_peft import PeftPredictor, get_estimator, list_families
 from gluonts_peft.adapters.base import AdapterError
 from gluonts_peft.predictor import PredictorError
 from gluonts_peft.training import Fit, Gate
 
+FAMILIES = ", ".join(list_families())
 LEVELS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
@@ -440,8 +441,8 @@ def test_a_damaged_record_is_named(stored: dict[str, Path], tmp_path: Path, chan
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (put("cronos", "family"), ValueError, "family 'cronos' is unknown; did you mean 'chronos'? known: chronos"),
-        (put("os.system", "family"), ValueError, "family 'os.system' is unknown; known: chronos"),
+        (put("cronos", "family"), ValueError, "family 'cronos' is unknown; did you mean 'chronos'? known: " + FAMILIES),
+        (put("os.system", "family"), ValueError, "family 'os.system' is unknown; known: " + FAMILIES),
         (
             put("f" * 64, "base", "fingerprint"),
             PredictorError,
@@ -451,7 +452,7 @@ def test_a_damaged_record_is_named(stored: dict[str, Path], tmp_path: Path, chan
             put("bolt-mega", "base", "checkpoint"),
             PredictorError,
             "base weights of the predictor in {folder!r} cannot be loaded: bundled checkpoint 'bolt-mega' is unknown;"
-            " known: bolt-nano, t5-nano; if they lie elsewhere now, name the place with checkpoint=...",
+            " known: bolt-nano, chronos2-nano, t5-nano; if they lie elsewhere now, name the place with checkpoint=...",
         ),
         (
             put(0, "prediction_length"),

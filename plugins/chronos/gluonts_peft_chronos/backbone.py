@@ -1,4 +1,4 @@
-"""Chronos-T5 and Chronos-Bolt as backbones.
+"""Chronos-T5 and Chronos-Bolt as backbones, and what they share with Chronos-2 (``chronos2.py``).
 
 The networks are those of ``transformers`` and ``chronos-forecasting``; with adapter ``"none"`` forecasts equal the
 official pipelines': quantiles to float rounding for Bolt, the same law of sample paths for T5.
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from chronos import chronos_bolt
 from chronos.chronos import ChronosConfig
+from chronos.chronos2 import Chronos2Model
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import T5ForConditionalGeneration
@@ -48,15 +49,16 @@ class ChronosBoltModelForForecasting(chronos_bolt.ChronosBoltModelForForecasting
 _NETWORKS = {
     "ChronosPipeline": T5ForConditionalGeneration,
     "ChronosBoltPipeline": ChronosBoltModelForForecasting,
+    "Chronos2Pipeline": Chronos2Model,
 }
 
 
 class ChronosBackbone(Backbone):
-    """What both architectures share. :meth:`from_network` picks the class that fits the network."""
+    """What the architectures share. :meth:`from_network` picks the class that fits the network."""
 
     family = "chronos"
     # Of the family; each architecture says its own.
-    capabilities = frozenset({"samples", "quantiles"})
+    capabilities = frozenset({"samples", "quantiles", "covariates", "multivariate"})
     own_prediction_length: int
 
     @classmethod
@@ -114,8 +116,13 @@ class ChronosBackbone(Backbone):
         source: Source,
         **options: Any,
     ) -> ChronosBackbone:  # type: ignore[override]
-        bolt = isinstance(network, chronos_bolt.ChronosBoltModelForForecasting)
-        kind = BoltBackbone if bolt else T5Backbone
+        from .chronos2 import Chronos2Backbone
+
+        kind: type[ChronosBackbone] = T5Backbone
+        if isinstance(network, chronos_bolt.ChronosBoltModelForForecasting):
+            kind = BoltBackbone
+        elif isinstance(network, Chronos2Model):
+            kind = Chronos2Backbone
         own = int(network.config.chronos_config["context_length"])  # type: ignore[union-attr, index]
         if context_length is not None and context_length > own:
             raise ValueError(
@@ -186,6 +193,8 @@ class BoltBackbone(ChronosBackbone):
         config = network.chronos_config
         self.own_prediction_length = int(config.prediction_length)  # type: ignore[union-attr, arg-type]
         self.levels = tuple(float(level) for level in config.quantiles)  # type: ignore[union-attr]
+        # A single token is decoded: setting up a cache for more takes a fifth of the time of a forecast.
+        network.decoder.config.use_cache = False  # type: ignore[union-attr]
 
     def _ends(self) -> tuple[list[str], list[str]]:
         return ["shared", "input_patch_embedding"], ["output_patch_embedding"]
