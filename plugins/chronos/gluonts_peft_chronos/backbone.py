@@ -7,7 +7,8 @@ official pipelines': quantiles to float rounding for Bolt, the same law of sampl
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,8 +34,25 @@ __all__ = ["BoltBackbone", "ChronosBackbone", "ChronosBoltModelForForecasting", 
 logger = logging.getLogger(__name__)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Neither progress bars nor warnings of transformers within the context."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
 class ChronosBoltModelForForecasting(chronos_bolt.ChronosBoltModelForForecasting):  # type: ignore[misc]
     """The official network with the accessors that ``get_peft_model`` asks for. The name goes into ``config.json``."""
+
+    # The official class lets a checkpoint without its patch embeddings pass, and fills them with random numbers.
+    _keys_to_ignore_on_load_missing: ClassVar[list[str]] = []
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding of the start and register tokens."""
@@ -78,24 +96,17 @@ class ChronosBackbone(Backbone):
         pipeline = config.get("chronos_pipeline_class", "ChronosPipeline")
         if pipeline not in _NETWORKS:
             raise CheckpointError(f"checkpoint folder {str(folder)!r}: " + unknown("pipeline", pipeline, _NETWORKS))
-        bars = transformers_logging.is_progress_bar_enabled()
-        level = transformers_logging.get_verbosity()
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
         try:
-            network, report = _NETWORKS[pipeline].from_pretrained(
-                folder,
-                dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            with _quiet():
+                network, report = _NETWORKS[pipeline].from_pretrained(
+                    folder,
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
         except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"checkpoint folder {str(folder)!r} cannot be loaded: {error}") from error
-        finally:
-            transformers_logging.set_verbosity(level)
-            if bars:
-                transformers_logging.enable_progress_bar()
         # transformers fills gaps with random numbers and goes on; a forecaster must not.
         for problem in ("missing_keys", "mismatched_keys"):
             if names := sorted(map(str, report[problem])):
@@ -177,7 +188,8 @@ class ChronosBackbone(Backbone):
         raise NotImplementedError
 
     def export(self, folder: Path) -> None:
-        self.network.save_pretrained(folder)  # type: ignore[operator]
+        with _quiet():
+            self.network.save_pretrained(folder)  # type: ignore[operator]
 
 
 class BoltBackbone(ChronosBackbone):

@@ -16,7 +16,7 @@ from scipy.signal import lfilter
 
 import gluonts_peft
 from gluonts_peft import PeftPredictor
-from gluonts_peft_chronos import ChronosBackbone
+from gluonts_peft_chronos import ChronosBackbone, ChronosEstimator
 
 HORIZON, PAST, COUNT = 24, 96, 128
 
@@ -95,6 +95,30 @@ def test_a_covariate_that_drives_the_target_lowers_the_error(name: str) -> None:
 
     assert known < 0.9 * alone
     assert known < 0.9 * unrelated
+
+
+def test_tuning_with_a_covariate_learns_what_it_does() -> None:
+    """Its effect is negative, which the checkpoint hardly reads off a history."""
+    target, covariate = driven(DRIVERS["smooth"], sign=-1)
+    start = pd.Period("2024-01-01 00:00", freq="h")
+
+    def entries(rows: range, steps: int) -> list[dict[str, Any]]:
+        return [
+            {"start": start, "target": target[i, :PAST], "feat_dynamic_real": covariate[i : i + 1, :steps]}
+            for i in rows
+        ]
+
+    options = {"checkpoint": "chronos2-nano", "context_length": 72, "max_epochs": 4, "num_batches_per_epoch": 40}
+    estimator = ChronosEstimator(HORIZON, adapter="lora", device="cpu", progress=False, **options)
+    tuned, test = estimator.train(entries(range(96), PAST)), entries(range(96, COUNT), PAST + HORIZON)
+    errors = [
+        float(np.abs(np.stack([each.quantile(0.5) for each in model.predict(test)]) - target[96:, PAST:]).mean())
+        for model in (predictor(context_length=72), tuned)
+    ]
+
+    assert tuned.gate is not None
+    assert tuned.gate.tuned < 0.75 * tuned.gate.zero_shot
+    assert errors[1] < 0.75 * errors[0]
 
 
 def test_an_adapter_on_it_opens_in_the_official_pipeline(tmp_path: Path) -> None:

@@ -19,13 +19,13 @@ from gluonts_peft.backbone import Backbone, Source, Trajectories
 from gluonts_peft.checkpoint import Checkpoint, parse, resolve
 from gluonts_peft.registry import unknown
 
-from .network import TIME_FEATURES, Attention, FeedForward, LagLlamaNetwork, RMSNorm, _check_rope_scaling
+from .network import TIME_FEATURES, Attention, FeedForward, LagLlamaNetwork, RMSNorm, StudentT, _check_rope_scaling
 from .sampling import sample_paths, sample_paths_rescaled
 from .weights import fetch, fingerprint_of, read, write
 
 __all__ = ["LagLlamaBackbone"]
 
-_OPTIONS = ("num_samples", "rope_scaling", "rescale")
+_OPTIONS = ("num_samples", "rope_scaling", "rescale", "context_loss")
 
 
 class LagLlamaBackbone(Backbone):
@@ -42,6 +42,10 @@ class LagLlamaBackbone(Backbone):
         Forecast as the reference implementation does, which estimates level and spread anew after each sampled step
         and runs the whole network again. By default they stay those of the history, as in training, and a key/value
         cache saves the work. Both give the same distribution for the first step.
+    context_loss
+        Train on the steps of the context as well, as the reference implementation does, not on the label alone. Level
+        and spread know the steps of the context, so that a decoder can learn to infer the last of them from those
+        before: its loss falls, and its forecasts get worse, the more so the shorter the history.
     """
 
     family = "lag-llama"
@@ -58,6 +62,7 @@ class LagLlamaBackbone(Backbone):
         num_samples: int | None = None,
         rope_scaling: Mapping[str, Any] | None = None,
         rescale: bool = False,
+        context_loss: bool = False,
         **options: Any,
     ) -> None:
         if options:
@@ -70,6 +75,7 @@ class LagLlamaBackbone(Backbone):
             network.rope_scaling = dict(rope_scaling)
         self.num_samples = network.config.num_parallel_samples if num_samples is None else num_samples
         self.rescale = rescale
+        self.context_loss = context_loss
         self.time_features = TIME_FEATURES if network.config.time_feat else ()
 
     @classmethod
@@ -157,16 +163,19 @@ class LagLlamaBackbone(Backbone):
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the negative log-likelihood of each window, mean over its observed steps, shape ``(batch,)``.
 
-        As in the reference training, the steps of the context count too, all but its first: the decoder forecasts
-        each from those before it. The reference weighs all steps of a batch alike, here each window counts once.
+        Of the label, and with ``context_loss`` of all steps of the context but the first, as in the reference training;
+        the reference weighs all steps of a batch alike, here each window counts once.
         """
         past, observed, calendar = self._history(batch)
-        future = torch.where(batch["future_observed_values"] > 0, batch["future_target"], 0.0)
+        counted = batch["future_observed_values"]
+        future = torch.where(counted > 0, batch["future_target"], 0.0)
         law, level, spread = self.network(past, observed, calendar, future)
-        context = self.context_length - 1
-        # A context of one step has no step to forecast but the label.
-        target = torch.cat([past[:, past.shape[1] - context :], future], 1)
-        counted = torch.cat([observed[:, observed.shape[1] - context :], batch["future_observed_values"]], 1)
+        target = future
+        if self.context_loss:
+            first = past.shape[1] - self.context_length + 1
+            target = torch.cat([past[:, first:], future], 1)
+            counted = torch.cat([observed[:, first:], counted], 1)
+        law = StudentT(*(part[:, -target.shape[1] :] for part in law))
         loss: Tensor = spread.log() - law.log_prob((target - level) / spread)
         return (loss * counted).sum(1) / counted.sum(1).clamp(min=1.0)
 

@@ -13,7 +13,8 @@ class LagLlamaEstimator(PeftEstimator):
     """Tune a Lag-Llama checkpoint.
 
     Parameters are those of :class:`gluonts_peft.PeftEstimator`; ``backbone_options`` takes ``num_samples``,
-    ``rope_scaling`` and ``rescale`` (see :class:`LagLlamaBackbone`). Source: Rasul et al. 2023, arXiv 2310.08278.
+    ``rope_scaling``, ``rescale`` and ``context_loss`` (see :class:`LagLlamaBackbone`). Source: Rasul et al. 2023, arXiv
+    2310.08278.
     """
 
     backbone_class = LagLlamaBackbone

@@ -127,21 +127,16 @@ def test_steps_before_a_series_have_no_date() -> None:
     torch.testing.assert_close(forecast(nano(), batch), forecast(nano(), short), rtol=1e-5, atol=1e-4)
 
 
-def test_loss_counts_the_context_and_the_label_but_not_the_first_step() -> None:
+def test_only_context_loss_counts_the_steps_of_the_context() -> None:
     batch = make_batch(nano(), missing=0.0)
-    far = {**batch, "past_target": batch["past_target"].clone()}
-    # Beyond the reach of all lags, in level and spread only; the first step of the context is in no target.
-    first = nano().past_length - nano().context_length
-    unseen = {**batch, "past_observed_values": batch["past_observed_values"].clone()}
-    unseen["past_observed_values"][:, first + 1 :] = 0
-    unseen["past_target"] = batch["past_target"] * unseen["past_observed_values"]
+    nothing = {**batch, "future_observed_values": torch.zeros_like(batch["future_observed_values"])}
+    whole = nano(context_loss=True)
 
-    far["past_target"][:, first + 5] += 1000.0
-    assert (loss(nano(), far) - loss(nano(), batch)).abs().min() > 0.01
-    only_label = loss(nano(), unseen)
-    unseen["future_observed_values"] = torch.zeros_like(unseen["future_observed_values"])
-    assert only_label.isfinite().all()
-    assert loss(nano(), unseen).tolist() == [0.0] * 4
+    assert loss(nano(), nothing).tolist() == [0.0] * 4
+    assert (loss(whole, nothing) != 0.0).all()
+    # 31 steps of the context and 8 of the label.
+    parts = 31 * loss(whole, nothing) + 8 * loss(nano(), batch)
+    torch.testing.assert_close(39 * loss(whole, batch), parts, rtol=1e-4, atol=1e-3)
 
 
 def test_sites_are_places_of_the_network() -> None:

@@ -138,14 +138,17 @@ def test_the_cases_differ() -> None:
 @torch.no_grad()
 def test_loss_equals_the_reference_of_each_window(case: str) -> None:
     network, found = tiny(case), batch()
-    backbone = LagLlamaBackbone(
-        network, prediction_length=4, context_length=8, source=Source("lag-llama", "tiny", "folder", None, "")
-    )
+    source = Source("lag-llama", "tiny", "folder", None, "")
+    lengths: dict[str, Any] = dict(prediction_length=4, context_length=8, source=source)
+    backbone = LagLlamaBackbone(network, context_loss=True, **lengths)
     # Steps that were not observed are 0 in the record already.
     observed = torch.cat([found["past_observed_values"][:, -7:], found["future_observed_values"]], 1)
     expected = torch.tensor(reference()[case]["loss"]).sum(1) / observed.sum(1)
 
     torch.testing.assert_close(backbone.loss(found), expected, rtol=1e-5, atol=1e-5)
+    # By default the label alone.
+    label = torch.tensor(reference()[case]["loss"])[:, 7:].sum(1) / observed[:, 7:].sum(1)
+    torch.testing.assert_close(LagLlamaBackbone(network, **lengths).loss(found), label, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)

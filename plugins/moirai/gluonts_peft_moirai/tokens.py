@@ -149,7 +149,7 @@ def window(batch: Mapping[str, Tensor], context_length: int, horizon: int, *, ea
     # At least one step of history, be it padding.
     start, missing = max(known - horizon - context_length, 0), max(horizon + 1 - known, 0)
     values, observed = (functional.pad(x[..., start:], (missing, 0)) for x in (values, observed))
-    return Window(values, observed > 0, horizon, targets, past_only, labelled)
+    return Window(torch.where(observed > 0, values, 0.0), observed > 0, horizon, targets, past_only, labelled)
 
 
 def _variates(x: Tensor) -> Tensor:
