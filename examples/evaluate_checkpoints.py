@@ -38,9 +38,19 @@ def ett(predictor: Any, path: str, windows: int) -> float:
     return float(np.exp(np.mean(np.log(ratios))))
 
 
+def recent(stays: list[Any], horizon: int = 12, windows: int = 2, hours: int = 48) -> list[Any]:
+    """Leave out stays in which a model that sees 48 hours would see nothing before one of the last windows."""
+
+    def seen(target: Any) -> bool:
+        ends = [len(target) - horizon * window for window in range(1, windows + 1)]
+        return all(np.isfinite(target[max(end - hours, 0) : end]).any() for end in ends if end > 0)
+
+    return [stay for stay in stays if seen(stay["target"])]
+
+
 def vitals(predictor: Any, path: str, vital: str) -> tuple[float, float]:
     """Return the MAE of the model and of the last value, over the last two windows of 12 hours of each stay."""
-    dataset = load_hourly(path, vitals=(vital,))
+    dataset = recent(load_hourly(path, vitals=(vital,)))
     return tuple(  # type: ignore[return-value]
         backtest(each, dataset, windows=2)["MAE[0.5]"].iloc[0] for each in (predictor, SeasonalNaive(12))
     )

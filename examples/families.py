@@ -16,6 +16,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+from evaluate_checkpoints import recent
 from rich.console import Console
 from rich.table import Table
 
@@ -49,7 +50,7 @@ def main() -> None:
         "family", "checkpoint", "vital", "last value", "adapter", "parameters", "zero-shot", "tuned", "seconds"
     )
     for vital in arguments.vital:
-        stays = load_hourly(arguments.vitals, vitals=(vital,))
+        stays = recent(load_hourly(arguments.vitals, vitals=(vital,)))
         training, validation, test = split_by_item(stays, fractions=(0.7, 0.1, 0.2), key=patient_of)
         last = score(SeasonalNaive(HORIZON), test)
         for family in list_families():

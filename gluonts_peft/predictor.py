@@ -343,6 +343,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories) -> Iterator[Forecast]:
     values = result.values.float().cpu().numpy()
+    first: QuantileForecast | None = None
     for entry, own in zip(entries, values, strict=True):
         common = {
             "start_date": entry["start"] + np.shape(entry["target"])[-1],
@@ -351,6 +352,13 @@ def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories) -> Iterat
         }
         if result.levels is None:
             yield SampleForecast(samples=own, **common)
-        else:
+        elif first is None:
             # GluonTS finds a level only under the spelling str(float).
-            yield QuantileForecast(forecast_arrays=own, forecast_keys=[str(level) for level in result.levels], **common)
+            first = QuantileForecast(own, forecast_keys=[str(level) for level in result.levels], **common)
+            yield first
+        else:
+            # The constructor parses every level anew, at the cost of a small network's forecast.
+            forecast = copy.copy(first)
+            arrays = dict(zip(first.forecast_keys, own, strict=True))
+            vars(forecast).update(forecast_array=own, _forecast_dict=arrays, **common)
+            yield forecast

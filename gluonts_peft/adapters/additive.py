@@ -214,9 +214,7 @@ class PeftAdapter(Adapter):
                 options.setdefault(option, _divisor(backbone, places, limit))
         try:
             with _quiet():
-                return method.config_class()(
-                    target_modules=targets, base_model_name_or_path=backbone.source.checkpoint, **options
-                )
+                return method.config_class()(target_modules=targets, base_model_name_or_path=_base(backbone), **options)
         except (ValueError, TypeError) as error:
             raise AdapterError(f"adapter {self!r} is refused by PEFT: {error}") from error
 
@@ -350,7 +348,10 @@ class PeftAdapter(Adapter):
         return hashlib.sha256(save({str(i): t.clone() for i, t in enumerate(unique.values())})).hexdigest()
 
     def _write_config(self, folder: Path) -> None:
-        self._tuner.peft_config["default"].save_pretrained(folder)
+        # What opens the folder without this project, such as `AutoPeftModel`, learns from it which class to build.
+        network = type(self.attached.network)
+        mapping = {"base_model_class": network.__name__, "parent_library": network.__module__}
+        self._tuner.peft_config["default"].save_pretrained(folder, auto_mapping_dict=mapping)
 
     def _write_record(self, folder: Path, backbone: Backbone, **more: Any) -> None:
         super()._write_record(folder, backbone, frozen=self._frozen_digest(), **more)
@@ -365,6 +366,12 @@ class PeftAdapter(Adapter):
                     " differently; load it with the versions in its record, or train it with save_projection=True"
                 )
         return super().load(folder)
+
+
+def _base(backbone: Backbone) -> str:
+    """Return where others find the base: bundled names mean nothing to them, so those become folders."""
+    name = backbone.source.checkpoint
+    return str(backbone.bundled()[name]) if backbone.source.kind == "bundled" else name
 
 
 def _forget_config(network: nn.Module) -> None:

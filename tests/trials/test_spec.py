@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from gluonts_peft import list_families
 from gluonts_peft.trials import SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, expand, load_study
 from gluonts_peft.trials.spec import DataSpec, describe_adapter
 
+FAMILIES = ", ".join(sorted(["baseline", *list_families()]))
 ADAPTERS = (
     "adalora, bitfit, c3a, dora, fourierft, full, head, hra, ia3, layernorm, lora, miss, none, oft, randlora, vera,"
     " waveft"
@@ -32,7 +34,7 @@ def exactly(message: str) -> str:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"family": "cronos"}, "family 'cronos' is unknown; did you mean 'chronos'? known: baseline, chronos"),
+        ({"family": "cronos"}, "family 'cronos' is unknown; did you mean 'chronos'? known: " + FAMILIES),
         ({"adapter": "lorra"}, f"adapter 'lorra' is unknown; did you mean 'lora'? known: {ADAPTERS}"),
         ({"adapter": ["layernorm", {"name": "dorra"}]},
          f"adapter 'dorra' is unknown; did you mean 'dora'? known: {ADAPTERS}"),

@@ -4,7 +4,7 @@
 
 The folder is in the official layout (``config.json`` and ``model.safetensors``) and opens with
 ``chronos.BaseChronosPipeline.from_pretrained``. Sizes, data and schedule are our choice; the architectures are those of
-Chronos-T5 (arXiv 2403.07815) and Chronos-Bolt.
+Chronos-T5 (arXiv 2403.07815), Chronos-Bolt and Chronos-2 (arXiv 2510.15821).
 """
 
 from __future__ import annotations
@@ -73,11 +73,36 @@ RECIPES = {
         steps=8_000,
         learning_rate=4e-3,
     ),
+    "chronos2-nano": Recipe(
+        model=dict(d_model=80, d_kv=20, d_ff=320, num_layers=3, num_heads=4, dropout_rate=0.0, initializer_factor=0.05),
+        config=dict(
+            context_length=504,
+            input_patch_size=24,
+            input_patch_stride=24,
+            output_patch_size=24,
+            max_output_patches=3,
+            quantiles=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9],
+            use_reg_token=True,
+            use_arcsinh=True,
+            time_encoding_scale=504,
+        ),
+        horizon=72,
+        contexts={504: 0.15, 240: 0.2, 120: 0.25, 72: 0.25, 36: 0.15},
+        batch_size=128,
+        steps=6_000,
+        daily=0.5,
+        learning_rate=2e-3,
+    ),
 }
+
+# Rows of a group of Chronos-2, with their probabilities.
+_GROUPS = {1: 0.4, 2: 0.45, 4: 0.15}
 
 
 def build(recipe: Recipe) -> tuple[nn.Module, Loss]:
     """Return a freshly initialised network and its loss of ``(history, label)``."""
+    if "max_output_patches" in recipe.config:
+        return _build_chronos2(recipe)
     return (_build_bolt if "input_patch_size" in recipe.config else _build_t5)(recipe)
 
 
@@ -133,6 +158,95 @@ def _order_embedding(weight: Tensor, config: dict[str, Any]) -> None:
     value = torch.linspace(limits["low_limit"], limits["high_limit"], vocabulary - special)[:, None]
     frequency = torch.logspace(-1.0, 1.5, width // 2)
     weight[special:] = 3.0 * torch.cat([torch.cos(frequency * value), torch.sin(frequency * value)], 1)
+
+
+def _build_chronos2(recipe: Recipe) -> tuple[nn.Module, Loss]:
+    from chronos.chronos2 import Chronos2CoreConfig, Chronos2Model
+
+    from .chronos2 import predict_patches, quantile_loss
+
+    config = Chronos2CoreConfig(
+        **recipe.model,
+        architectures=["Chronos2Model"],
+        chronos_pipeline_class="Chronos2Pipeline",
+        chronos_config=dict(recipe.config),
+    )
+    network = Chronos2Model(config)
+    _initialise(network)
+    patch = recipe.config["output_patch_size"]
+    sizes, shares = torch.tensor(list(_GROUPS)), torch.tensor(list(_GROUPS.values()))
+
+    def mean_quantile_loss(history: Tensor, label: Tensor) -> Tensor:
+        rows = int(sizes[torch.multinomial(shares, 1)])
+        # Short labels too: as few patches as they need, the last of them known in part.
+        longest = patch if torch.rand(()) < 0.4 else recipe.horizon
+        steps = longest if torch.rand(()) < 0.5 else int(torch.randint(6, longest, ()))
+        past = history.shape[1]
+        whole = torch.cat([history, label[:, :steps]], 1)
+        whole = whole[: len(whole) // rows * rows].unflatten(0, (-1, rows))
+        # The first row of a group is a target, the others are targets or covariates known in the future.
+        known = torch.rand(whole.shape[:2], device=whole.device) < 0.7
+        known[:, 0] = False
+        if rows > 1:
+            whole = _entangle(whole, past)
+        history, label = whole.split([past, steps], -1)
+        future = torch.where(known[..., None], label, torch.nan) if rows > 1 else None
+        predicted, norm = predict_patches(network, history, future, -(-steps // patch))
+        # What is far outside the history, such as a first event, cannot be forecast.
+        observed = ~known[..., None] & ((label - norm[0]).abs() < 12.0 * norm[1])
+        losses = quantile_loss(network, predicted, norm, label, observed)
+        return losses.sum() / (~known).sum() / len(recipe.config["quantiles"])
+
+    return network, mean_quantile_loss
+
+
+@torch.no_grad()
+def _initialise(network: Any) -> None:
+    """Start as the official code means to; since transformers 5 its own initialisation leaves all at one spread."""
+    for name, parameter in network.named_parameters():
+        if "layer_norm" in name:
+            parameter.fill_(1.0)
+        elif name.endswith(".bias"):
+            parameter.zero_()
+        elif "shared" in name:
+            parameter.normal_(std=1.0)
+        else:
+            spread = parameter.shape[1] ** -0.5
+            parameter.normal_(std=spread * network.config.d_kv**-0.5 if name.endswith(".q.weight") else spread)
+
+
+def _entangle(series: Tensor, past: int) -> Tensor:
+    """Let the rows of each group drive each other, ``y_i = a_i x_i + sum_j w_ij x_j(t - lag_j)``.
+
+    Parameters
+    ----------
+    series
+        Independent series, shape ``(groups, rows, steps)``, NaN where missing.
+    past
+        Steps of history; the rest is the label.
+    """
+    groups, rows, steps = series.shape
+    missing = series.isnan()
+    centre = series[..., :past].nanmean(-1, keepdim=True)
+    spread = (series[..., :past] - centre).square().nanmean(-1, keepdim=True).sqrt() + 1e-6
+    x = ((series - centre) / spread).nan_to_num(0.0).clamp(-12.0, 12.0)
+
+    def some(share: float, *shape: int) -> Tensor:
+        return torch.rand((groups, rows, *shape), device=series.device) < share
+
+    # Some rows are events, on or off.
+    event = some(0.3, 1)
+    x = torch.where(event, 2.0 * (x > torch.randn((groups, rows, 1), device=series.device)), x)
+    lag = torch.randint(1, 25, (groups, rows, 1), device=series.device) * some(0.3, 1)
+    at = torch.arange(steps, device=series.device) - lag
+    late = torch.where(at < 0, 0.0, x.gather(-1, at.clamp(min=0).expand_as(x)))
+    # More positive than negative weights: a sign that has to be read off the history is hard to learn from nothing.
+    sign = torch.where(some(0.35, rows), -1.0, 1.0)
+    weight = sign * torch.exp(0.7 * torch.randn((groups, rows, rows), device=series.device)) * some(0.85, rows)
+    own = torch.exp(torch.randn((groups, rows, 1), device=series.device) - 1.0)
+    # Later rows drive earlier ones, and nothing drives the last.
+    own[:, -1] = 1.0
+    return (own * x + weight.triu(1) @ late).masked_fill(missing, torch.nan)
 
 
 if __name__ == "__main__":
