@@ -820,7 +820,9 @@ def _time_features(names: Sequence[str], freq: str, starts: Integers, steps: Int
 
     # Ordinals of periods of 5 minutes count minutes.
     ordinals = starts[:, None] + pd.Period("2000-01-01", freq=freq).freq.n * steps
-    index = pd.PeriodIndex.from_ordinals(ordinals.ravel(), freq=freq)  # type: ignore[attr-defined]
+    # Some versions of the stubs do not know the method.
+    periods: Any = pd.PeriodIndex
+    index = periods.from_ordinals(ordinals.ravel(), freq=freq)
     columns = [np.asarray(getattr(time_feature, name)(index), np.float32) for name in names]
     return np.stack(columns, -1).reshape(*ordinals.shape, len(names))
 
