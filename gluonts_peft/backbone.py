@@ -295,7 +295,15 @@ class Backbone(nn.Module, ABC):
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Evaluation mode without gradients; the mode of every module is restored on exit."""
-        training = [module for module in self.modules() if module.training]
+        # A plain walk, since `modules()` takes a tenth of the time of a small network's forecast.
+        training: list[nn.Module] = [self] if self.training else []
+        stack = [self._modules]
+        while stack:
+            for module in stack.pop().values():
+                if module is not None:
+                    stack.append(module._modules)
+                    if module.training:
+                        training.append(module)
         for module in training:
             module.training = False
         try:

@@ -276,11 +276,19 @@ class PeftAdapter(Adapter):
         folded = self._folded_weights(weights)
         for parameter, changed in zip(weights, folded, strict=True):
             parameter.data = changed
+        forwards = [vars(layer).get("forward") for layer in self._layers]
         for layer in self._layers:
             layer.merged_adapters.append("default")
+            # What a merged layer does, without asking whether it is merged.
+            vars(layer)["forward"] = layer.base_layer.forward
         try:
             yield
         finally:
+            for layer, forward in zip(self._layers, forwards, strict=True):
+                if forward is None:
+                    vars(layer).pop("forward")
+                else:
+                    vars(layer)["forward"] = forward
             for parameter, original in zip(weights, originals, strict=True):
                 parameter.data = original
             for layer in self._layers:

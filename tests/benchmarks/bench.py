@@ -169,7 +169,9 @@ def forecasts(rounds: int = 3) -> None:
                         backbone.forecast(batch, num_samples=samples)
 
         def theirs(pipeline: Any = pipeline, options: Any = options, batch: Any = batch) -> None:
-            pipeline.predict(batch["past_target"], prediction_length=36, **options)
+            # Chronos-2 takes several variates a series.
+            several = type(pipeline).__name__ == "Chronos2Pipeline"
+            pipeline.predict(batch["past_target"][:, None] if several else batch["past_target"], 36, **options)
 
         adapted = copy.deepcopy(backbone)
         get_adapter("lora").attach(adapted)
