@@ -6,7 +6,7 @@ BIN := .venv/bin
 OUT ?= runs/demo
 JOBS ?= 2
 
-.PHONY: install demo test check fix quick bench
+.PHONY: install demo test slow check fix quick bench
 
 install: .venv/.complete
 
@@ -16,7 +16,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" $(PLUGINS:%/pyproject.toml=--editable %)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,ray,baselines]" $(PLUGINS:%/pyproject.toml=--editable %)
 	touch $@
 
 demo: install
@@ -36,6 +36,9 @@ fix: install
 
 quick: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -q --ignore tests/test_matrix.py
+
+slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -q
 
 bench: install
 	$(BIN)/python tests/benchmarks/bench.py
