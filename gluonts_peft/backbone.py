@@ -6,6 +6,8 @@ it wants, never how a family names it. :data:`SITES` is the closed set of kinds 
 
 from __future__ import annotations
 
+import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from .adapters.base import Adapter
 
-__all__ = ["CAPABILITIES", "SITES", "Backbone", "Source", "Trajectories", "load_backbone"]
+__all__ = ["CAPABILITIES", "SITES", "Backbone", "Source", "Trajectories", "find_sites", "load_backbone"]
 
 SITES: dict[str, str] = {
     "q": "query projections of attention (modules)",
@@ -108,6 +110,9 @@ class Backbone(nn.Module, ABC):
         reconstruct: they must train along with any adapter, and there is no zero-shot forecast.
     time_features
         Names of functions of ``gluonts.time_feature`` whose values the network takes.
+    patch_length
+        Steps that the network takes as one, counted from the end of the history: what :meth:`reconstruct` hides and
+        fills in as a whole.
     source
         Base checkpoint, revision and fingerprint.
     options
@@ -121,11 +126,22 @@ class Backbone(nn.Module, ABC):
     impossible: ClassVar[Mapping[str, str]] = {}
     untrained: tuple[str, ...] = ()
     time_features: tuple[str, ...] = ()
+    patch_length: int = 1
 
     network: nn.Module
 
-    def __init__(self, network: nn.Module, *, prediction_length: int, context_length: int, source: Source) -> None:
+    def __init__(
+        self, network: nn.Module, *, prediction_length: int, context_length: int, source: Source, **options: Any
+    ) -> None:
         super().__init__()
+        if options:
+            from .registry import unknown
+
+            # What a subclass does not name in its own signature comes here.
+            common = inspect.signature(Backbone.__init__).parameters
+            own = inspect.signature(type(self).__init__).parameters.values()
+            known = [each.name for each in own if each.name not in common and each.kind is not each.VAR_KEYWORD]
+            raise ValueError(unknown("backbone option", min(options), known))
         if prediction_length <= 0:
             raise ValueError(f"prediction_length {prediction_length} is not positive; name the steps to forecast")
         if context_length <= 0:
@@ -144,8 +160,11 @@ class Backbone(nn.Module, ABC):
 
     @classmethod
     def bundled(cls) -> dict[str, Path]:
-        """Return the checkpoints that ship with the plug-in: name -> folder."""
-        return {}
+        """Return the checkpoints that ship with the plug-in, name -> folder: by default those in the folder
+        ``checkpoints`` beside the module of the class.
+        """
+        root = Path(str(sys.modules[cls.__module__].__file__)).parent / "checkpoints"
+        return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").is_file()}
 
     @classmethod
     def from_checkpoint(
@@ -177,14 +196,26 @@ class Backbone(nn.Module, ABC):
             If an option is unknown or a length is not positive.
         """
         parsed = parse(checkpoint, bundled=cls.bundled())
-        folder, revision = resolve(parsed, bundled=cls.bundled())
+        folder, revision = cls.fetch(parsed)
         network = cls.load_network(folder)
-        source = Source(cls.family, parsed.name, parsed.kind, revision, fingerprint(folder))
+        source = Source(cls.family, parsed.name, parsed.kind, revision, cls.fingerprint(folder))
         backbone = cls.from_network(
             network, prediction_length=prediction_length, context_length=context_length, source=source, **options
         )
         backbone.options = options
         return backbone
+
+    @classmethod
+    def fetch(cls, checkpoint: Checkpoint) -> tuple[Path, str | None]:
+        """Return the folder of a checkpoint and its exact revision, see :func:`gluonts_peft.checkpoint.resolve`; for
+        families whose weights are not in safetensors files to extend.
+        """
+        return resolve(checkpoint, bundled=cls.bundled())
+
+    @classmethod
+    def fingerprint(cls, folder: Path) -> str:
+        """Return the SHA-256 of the weights in a checkpoint folder."""
+        return fingerprint(folder)
 
     @classmethod
     @abstractmethod
@@ -312,6 +343,36 @@ class Backbone(nn.Module, ABC):
         finally:
             for module in training:
                 module.training = True
+
+
+def find_sites(
+    network: nn.Module, table: Mapping[type[nn.Module], Mapping[str, str]], biases: tuple[str, ...] = (".bias",)
+) -> dict[str, tuple[str, ...]]:
+    """Return the sites of a network by the types of its modules.
+
+    Parameters
+    ----------
+    network
+        Without adapters.
+    table
+        Type of module -> kind of site -> names of its children, separated by spaces, ``"."`` for the module itself.
+        Children that a module does not have are passed over.
+    biases
+        Endings of the names of parameters that are sites of kind ``"bias"``.
+    """
+    found: dict[str, list[str]] = {}
+    for name, module in network.named_modules():
+        for row, kinds in table.items():
+            if not isinstance(module, row):
+                continue
+            for kind, children in kinds.items():
+                for child in children.split():
+                    if child == ".":
+                        found.setdefault(kind, []).append(name)
+                    elif child in module._modules:
+                        found.setdefault(kind, []).append(f"{name}.{child}")
+    found["bias"] = [name for name, _ in network.named_parameters() if name.endswith(biases)]
+    return {kind: tuple(names) for kind, names in found.items()}
 
 
 def load_backbone(

@@ -37,8 +37,6 @@ class FracastBackbone(Backbone):
 
     @classmethod
     def from_network(cls, network: Any, *, context_length: int | None = None, **rest: Any) -> Backbone:
-        if extra := sorted(set(rest) - {"prediction_length", "source"}):
-            raise ValueError(f"backbone option {extra[0]!r} is unknown; known: (none)")
         length = network["core"].W if context_length is None else context_length
         if length > network["core"].W:
             raise ValueError(f"context_length {length} exceeds the {network['core'].W} steps that Fracast can see")

@@ -23,7 +23,7 @@ from transformers import T5ForConditionalGeneration
 from transformers.models.t5 import modeling_t5
 from transformers.utils import logging as transformers_logging
 
-from gluonts_peft.backbone import Backbone, Source, Trajectories
+from gluonts_peft.backbone import Backbone, Source, Trajectories, find_sites
 from gluonts_peft.checkpoint import CheckpointError, read_config
 from gluonts_peft.registry import unknown
 
@@ -64,6 +64,16 @@ class ChronosBoltModelForForecasting(chronos_bolt.ChronosBoltModelForForecasting
         self.shared = value
 
 
+# The encoder and decoder of T5, which Chronos-Bolt has as well.
+_T5_SITES = {
+    modeling_t5.T5Attention: {"q": "q", "k": "k", "v": "v", "o": "o"},
+    modeling_t5.T5DenseActDense: {"ff_in": "wi", "ff_out": "wo"},
+    modeling_t5.T5DenseGatedActDense: {"ff_in": "wi_0 wi_1", "ff_out": "wo"},
+    modeling_t5.T5LayerNorm: {"norm": "."},
+    modeling_t5.T5LayerSelfAttention: {"attention_norm": "layer_norm"},
+    modeling_t5.T5LayerCrossAttention: {"attention_norm": "layer_norm"},
+}
+
 _NETWORKS = {
     "ChronosPipeline": T5ForConditionalGeneration,
     "ChronosBoltPipeline": ChronosBoltModelForForecasting,
@@ -78,11 +88,8 @@ class ChronosBackbone(Backbone):
     # Of the family; each architecture says its own.
     capabilities = frozenset({"samples", "quantiles", "covariates", "multivariate"})
     own_prediction_length: int
-
-    @classmethod
-    def bundled(cls) -> dict[str, Path]:
-        root = Path(__file__).parent / "checkpoints"
-        return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").is_file()}
+    # Where the input comes in and the forecast goes out.
+    ends: ClassVar[dict[str, tuple[str, ...]]]
 
     @classmethod
     def load_network(cls, folder: Path) -> nn.Module:
@@ -162,30 +169,9 @@ class ChronosBackbone(Backbone):
 
     @cached_property
     def _sites(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, list[str]] = {}
-        for name, module in self.network.named_modules():
-            if isinstance(module, modeling_t5.T5Attention):
-                for kind in ("q", "k", "v", "o"):
-                    found.setdefault(kind, []).append(f"{name}.{kind}")
-            elif isinstance(module, modeling_t5.T5DenseActDense | modeling_t5.T5DenseGatedActDense):
-                inputs = ["wi"] if isinstance(module, modeling_t5.T5DenseActDense) else ["wi_0", "wi_1"]
-                found.setdefault("ff_in", []).extend(f"{name}.{part}" for part in inputs)
-                found.setdefault("ff_out", []).append(f"{name}.wo")
-            elif isinstance(module, modeling_t5.T5LayerNorm):
-                found.setdefault("norm", []).append(name)
-            elif isinstance(module, modeling_t5.T5LayerSelfAttention | modeling_t5.T5LayerCrossAttention):
-                found.setdefault("attention_norm", []).append(f"{name}.layer_norm")
         # Chronos-T5 has no bias tensors; the tables of relative positions are biases of the attention scores.
-        found["bias"] = [
-            name
-            for name, _ in self.network.named_parameters()
-            if name.endswith(".bias") or name.endswith("relative_attention_bias.weight")
-        ]
-        found["embedding"], found["head"] = self._ends()
-        return {kind: tuple(names) for kind, names in found.items()}
-
-    def _ends(self) -> tuple[list[str], list[str]]:
-        raise NotImplementedError
+        biases = (".bias", ".relative_attention_bias.weight")
+        return find_sites(self.network, _T5_SITES, biases) | self.ends
 
     def export(self, folder: Path) -> None:
         with _quiet():
@@ -196,20 +182,15 @@ class BoltBackbone(ChronosBackbone):
     """Chronos-Bolt: patches in, quantiles of the whole horizon out."""
 
     capabilities = frozenset({"quantiles"})
+    ends = {"embedding": ("shared", "input_patch_embedding"), "head": ("output_patch_embedding",)}
 
-    def __init__(self, network: nn.Module, **lengths: Any) -> None:
-        known = {"prediction_length", "context_length", "source"}
-        if extra := sorted(set(lengths) - known):
-            raise ValueError(unknown("backbone option", extra[0], ()))
-        super().__init__(network, **lengths)
+    def __init__(self, network: nn.Module, **options: Any) -> None:
+        super().__init__(network, **options)
         config = network.chronos_config
         self.own_prediction_length = int(config.prediction_length)  # type: ignore[union-attr, arg-type]
         self.levels = tuple(float(level) for level in config.quantiles)  # type: ignore[union-attr]
         # A single token is decoded: setting up a cache for more takes a fifth of the time of a forecast.
         network.decoder.config.use_cache = False  # type: ignore[union-attr]
-
-    def _ends(self) -> tuple[list[str], list[str]]:
-        return ["shared", "input_patch_embedding"], ["output_patch_embedding"]
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the quantile loss of the official network, before its mean over the batch, shape ``(batch,)``.
@@ -262,14 +243,14 @@ class T5Backbone(ChronosBackbone):
     """
 
     capabilities = frozenset({"samples"})
+    # The table that embeds tokens is also the output layer: training the head trains both.
+    ends = {"embedding": ("shared",), "head": ("lm_head",)}
     max_rows: ClassVar[int] = 4096
 
     def __init__(
         self,
         network: nn.Module,
         *,
-        prediction_length: int,
-        context_length: int,
         source: Source,
         num_samples: int | None = None,
         temperature: float | None = None,
@@ -277,11 +258,7 @@ class T5Backbone(ChronosBackbone):
         top_p: float | None = None,
         **options: Any,
     ) -> None:
-        if options:
-            raise ValueError(
-                unknown("backbone option", sorted(options)[0], ("num_samples", "temperature", "top_k", "top_p"))
-            )
-        super().__init__(network, prediction_length=prediction_length, context_length=context_length, source=source)
+        super().__init__(network, source=source, **options)
         config = ChronosConfig(**network.config.chronos_config)  # type: ignore[union-attr, arg-type]
         if config.model_type != "seq2seq":
             raise CheckpointError(
@@ -296,10 +273,6 @@ class T5Backbone(ChronosBackbone):
         tokenizer = config.create_tokenizer()
         self.register_buffer("centers", tokenizer.centers, persistent=False)
         self.register_buffer("boundaries", tokenizer.boundaries, persistent=False)
-
-    def _ends(self) -> tuple[list[str], list[str]]:
-        # The table that embeds tokens is also the output layer: training the head trains both.
-        return ["shared"], ["lm_head"]
 
     def tokens(self, values: Tensor, observed: Tensor, scale: Tensor) -> Tensor:
         """Return token ids of scaled values, shape of ``values``; missing values are the padding token."""

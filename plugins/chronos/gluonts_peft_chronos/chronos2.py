@@ -26,8 +26,7 @@ from chronos.utils import weighted_quantile
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gluonts_peft.backbone import Source, Trajectories
-from gluonts_peft.registry import unknown
+from gluonts_peft.backbone import Source, Trajectories, find_sites
 
 from .backbone import ChronosBackbone
 
@@ -43,6 +42,15 @@ _CHUNK = 32
 _CLOSED = -1e30
 
 
+_SITES = {
+    MHA: {"q": "q", "k": "k", "v": "v", "o": "o"},
+    MLP: {"ff_in": "wi", "ff_out": "wo"},
+    Chronos2LayerNorm: {"norm": "."},
+    TimeSelfAttention: {"attention_norm": "layer_norm"},
+    GroupSelfAttention: {"attention_norm": "layer_norm"},
+}
+
+
 class Chronos2Backbone(ChronosBackbone):
     """Chronos-2: patches of all rows of a group in, quantiles of the targets out.
 
@@ -54,20 +62,18 @@ class Chronos2Backbone(ChronosBackbone):
     """
 
     capabilities = frozenset({"quantiles", "covariates", "multivariate"})
+    ends = {"embedding": ("shared", "input_patch_embedding"), "head": ("output_patch_embedding",)}
 
     def __init__(
         self,
         network: nn.Module,
         *,
         prediction_length: int,
-        context_length: int,
         source: Source,
         max_output_patches: int | None = None,
         **options: Any,
     ) -> None:
-        if options:
-            raise ValueError(unknown("backbone option", sorted(options)[0], ("max_output_patches",)))
-        super().__init__(network, prediction_length=prediction_length, context_length=context_length, source=source)
+        super().__init__(network, prediction_length=prediction_length, source=source, **options)
         config = network.chronos_config
         if max_output_patches is None:
             max_output_patches = int(config.max_output_patches)  # type: ignore[union-attr, arg-type]
@@ -86,21 +92,7 @@ class Chronos2Backbone(ChronosBackbone):
 
     @cached_property
     def _sites(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, list[str]] = {}
-        for name, module in self.network.named_modules():
-            if isinstance(module, MHA):
-                for kind in ("q", "k", "v", "o"):
-                    found.setdefault(kind, []).append(f"{name}.{kind}")
-            elif isinstance(module, MLP):
-                found.setdefault("ff_in", []).append(f"{name}.wi")
-                found.setdefault("ff_out", []).append(f"{name}.wo")
-            elif isinstance(module, Chronos2LayerNorm):
-                found.setdefault("norm", []).append(name)
-            elif isinstance(module, TimeSelfAttention | GroupSelfAttention):
-                found.setdefault("attention_norm", []).append(f"{name}.layer_norm")
-        found["bias"] = [name for name, _ in self.network.named_parameters() if name.endswith(".bias")]
-        found["embedding"], found["head"] = ["shared", "input_patch_embedding"], ["output_patch_embedding"]
-        return {kind: tuple(names) for kind, names in found.items()}
+        return find_sites(self.network, _SITES) | self.ends
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the quantile loss of the official training, before its mean over the batch, shape ``(batch,)``.

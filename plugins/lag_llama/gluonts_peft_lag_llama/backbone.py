@@ -15,17 +15,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gluonts_peft.backbone import Backbone, Source, Trajectories
-from gluonts_peft.checkpoint import Checkpoint, parse, resolve
-from gluonts_peft.registry import unknown
+from gluonts_peft.backbone import Backbone, Source, Trajectories, find_sites
+from gluonts_peft.checkpoint import Checkpoint
 
-from .network import TIME_FEATURES, Attention, FeedForward, LagLlamaNetwork, RMSNorm, StudentT, _check_rope_scaling
+from .network import (
+    TIME_FEATURES,
+    Attention,
+    Block,
+    FeedForward,
+    LagLlamaNetwork,
+    RMSNorm,
+    StudentT,
+    _check_rope_scaling,
+)
 from .sampling import sample_paths, sample_paths_rescaled
 from .weights import fetch, fingerprint_of, read, write
 
 __all__ = ["LagLlamaBackbone"]
 
-_OPTIONS = ("num_samples", "rope_scaling", "rescale", "context_loss")
+# Keys and values come from one projection, so a name stands under both kinds.
+_SITES = {
+    Attention: {"q": "q_proj", "k": "kv_proj", "v": "kv_proj", "o": "c_proj"},
+    FeedForward: {"ff_in": "c_fc1 c_fc2", "ff_out": "c_proj"},
+    RMSNorm: {"norm": "."},
+    Block: {"attention_norm": "rms_1"},
+}
 
 
 class LagLlamaBackbone(Backbone):
@@ -56,20 +70,15 @@ class LagLlamaBackbone(Backbone):
         self,
         network: LagLlamaNetwork,
         *,
-        prediction_length: int,
-        context_length: int,
-        source: Source,
         num_samples: int | None = None,
         rope_scaling: Mapping[str, Any] | None = None,
         rescale: bool = False,
         context_loss: bool = False,
         **options: Any,
     ) -> None:
-        if options:
-            raise ValueError(unknown("backbone option", sorted(options)[0], _OPTIONS))
         if num_samples is not None and num_samples <= 0:
             raise ValueError(f"num_samples {num_samples} is not positive")
-        super().__init__(network, prediction_length=prediction_length, context_length=context_length, source=source)
+        super().__init__(network, **options)
         if rope_scaling is not None:
             _check_rope_scaling(rope_scaling)
             network.rope_scaling = dict(rope_scaling)
@@ -79,31 +88,14 @@ class LagLlamaBackbone(Backbone):
         self.time_features = TIME_FEATURES if network.config.time_feat else ()
 
     @classmethod
-    def bundled(cls) -> dict[str, Path]:
-        root = Path(__file__).parent / "checkpoints"
-        return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").is_file()}
+    def fetch(cls, checkpoint: Checkpoint) -> tuple[Path, str | None]:
+        # The published layout is one file that is neither JSON nor safetensors.
+        folder, revision = super().fetch(checkpoint)
+        return fetch(checkpoint, folder, revision) if checkpoint.kind == "hub" else folder, revision
 
     @classmethod
-    def from_checkpoint(
-        cls,
-        checkpoint: str | Path | Checkpoint,
-        *,
-        prediction_length: int,
-        context_length: int | None = None,
-        **options: Any,
-    ) -> LagLlamaBackbone:
-        # The published layout is one file that the project's own look-up neither fetches nor fingerprints.
-        parsed = parse(checkpoint, bundled=cls.bundled())
-        folder, revision = resolve(parsed, bundled=cls.bundled())
-        if parsed.kind == "hub":
-            folder = fetch(parsed, folder, revision)
-        network = cls.load_network(folder)
-        source = Source(cls.family, parsed.name, parsed.kind, revision, fingerprint_of(folder))
-        backbone = cls.from_network(
-            network, prediction_length=prediction_length, context_length=context_length, source=source, **options
-        )
-        backbone.options = options
-        return backbone
+    def fingerprint(cls, folder: Path) -> str:
+        return fingerprint_of(folder)
 
     @classmethod
     def load_network(cls, folder: Path) -> LagLlamaNetwork:
@@ -143,22 +135,7 @@ class LagLlamaBackbone(Backbone):
 
     @cached_property
     def _sites(self) -> dict[str, tuple[str, ...]]:
-        # Keys and values come from one projection, so a name stands under both kinds.
-        parts: dict[type, dict[str, tuple[str, ...]]] = {
-            Attention: {"q": ("q_proj",), "k": ("kv_proj",), "v": ("kv_proj",), "o": ("c_proj",)},
-            FeedForward: {"ff_in": ("c_fc1", "c_fc2"), "ff_out": ("c_proj",)},
-        }
-        found: dict[str, list[str]] = {"norm": [], "attention_norm": []}
-        for name, module in self.network.named_modules():
-            for kind, children in parts.get(type(module), {}).items():
-                found.setdefault(kind, []).extend(f"{name}.{child}" for child in children)
-            if isinstance(module, RMSNorm):
-                found["norm"].append(name)
-                if name.endswith(".rms_1"):
-                    found["attention_norm"].append(name)
-        found["embedding"], found["head"] = ["transformer.wte"], ["param_proj"]
-        found["bias"] = [name for name, _ in self.network.named_parameters() if name.endswith(".bias")]
-        return {kind: tuple(names) for kind, names in found.items()}
+        return find_sites(self.network, _SITES) | {"embedding": ("transformer.wte",), "head": ("param_proj",)}
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the negative log-likelihood of each window, mean over its observed steps, shape ``(batch,)``.

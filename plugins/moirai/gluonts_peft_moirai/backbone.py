@@ -22,8 +22,7 @@ from uni2ts.module.norm import RMSNorm
 from uni2ts.module.transformer import TransformerEncoderLayer
 from uni2ts.module.ts_embed import ResidualBlock
 
-from gluonts_peft.backbone import Backbone, Source
-from gluonts_peft.registry import unknown
+from gluonts_peft.backbone import Backbone, Source, find_sites
 
 from .loading import load, save_network
 from .tokens import Tokens, Window, window
@@ -33,13 +32,20 @@ __all__ = ["MoiraiBackbone"]
 logger = logging.getLogger(__name__)
 
 
+_SITES = {
+    GroupedQueryAttention: {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"},
+    FeedForward: {"ff_in": "fc1 fc_gate", "ff_out": "fc2"},
+    RMSNorm: {"norm": "."},
+    TransformerEncoderLayer: {"attention_norm": "norm1"},
+}
+
+
 class MoiraiBackbone(Backbone):
     """What the architectures share. :meth:`from_network` picks the class that fits the network."""
 
     family = "moirai"
     # Of the family; each architecture says its own.
     capabilities = frozenset({"samples", "quantiles", "covariates", "multivariate"})
-    option_names: ClassVar[tuple[str, ...]] = ()
     ends: ClassVar[dict[str, tuple[str, ...]]]
 
     def __init__(
@@ -50,6 +56,7 @@ class MoiraiBackbone(Backbone):
         context_length: int | None,
         source: Source,
         patch_sizes: tuple[int, ...],
+        **options: Any,
     ) -> None:
         smallest, largest = min(patch_sizes), max(patch_sizes)
         limit: int = network.max_seq_len  # type: ignore[assignment]
@@ -69,16 +76,13 @@ class MoiraiBackbone(Backbone):
                 source.checkpoint,
                 limit,
             )
-        super().__init__(network, prediction_length=prediction_length, context_length=context_length, source=source)
+        super().__init__(
+            network, prediction_length=prediction_length, context_length=context_length, source=source, **options
+        )
         for module in network.modules():
             if isinstance(module, GroupedQueryAttention):
                 # uni2ts drops out attention in evaluation mode, too: forecasts would be random.
                 module.attn_dropout_p = 0.0
-
-    @classmethod
-    def bundled(cls) -> dict[str, Path]:
-        root = Path(__file__).parent / "checkpoints"
-        return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").is_file()}
 
     @classmethod
     def load_network(cls, folder: Path) -> nn.Module:
@@ -106,9 +110,6 @@ class MoiraiBackbone(Backbone):
             kind = Moirai1Backbone
         else:
             raise ValueError(f"network {type(network).__name__} is no MoiraiModule, MoiraiMoEModule or Moirai2Module")
-        for name in options:
-            if name not in kind.option_names:
-                raise ValueError(unknown("backbone option", name, kind.option_names))
         return kind(
             network, prediction_length=prediction_length, context_length=context_length, source=source, **options
         )
@@ -118,24 +119,9 @@ class MoiraiBackbone(Backbone):
 
     @cached_property
     def _sites(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, list[str]] = {}
-        for name, module in self.network.named_modules():
-            if isinstance(module, GroupedQueryAttention):
-                for kind, part in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("o", "out_proj")):
-                    found.setdefault(kind, []).append(f"{name}.{part}")
-            elif isinstance(module, FeedForward):
-                gate = ["fc_gate"] if hasattr(module, "fc_gate") else []
-                found.setdefault("ff_in", []).extend(f"{name}.{part}" for part in ("fc1", *gate))
-                found.setdefault("ff_out", []).append(f"{name}.fc2")
-            elif isinstance(module, RMSNorm):
-                found.setdefault("norm", []).append(name)
-            elif isinstance(module, TransformerEncoderLayer):
-                found.setdefault("attention_norm", []).append(f"{name}.norm1")
         # The tables of attention biases between variates are left out: on one variate they are a constant.
-        found["bias"] = [name for name, _ in self.network.named_parameters() if name.endswith(".bias")]
-        for kind, ends in self.ends.items():
-            found[kind] = [place for end in ends for place in self._linear(end)]
-        return {kind: tuple(names) for kind, names in found.items()}
+        ends = {kind: tuple(place for end in ends for place in self._linear(end)) for kind, ends in self.ends.items()}
+        return find_sites(self.network, _SITES) | ends
 
     def _linear(self, name: str) -> list[str]:
         """Return the linear layers of a residual block, so that every adapter can go there."""

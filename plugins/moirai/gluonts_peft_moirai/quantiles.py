@@ -28,17 +28,15 @@ class Moirai2Backbone(MoiraiBackbone):
     capabilities = frozenset({"quantiles", "covariates", "multivariate"})
     ends = {"embedding": ("in_proj",), "head": ("out_proj",)}
 
-    def __init__(
-        self, network: nn.Module, *, prediction_length: int, context_length: int | None, source: Source
-    ) -> None:
+    def __init__(self, network: nn.Module, *, prediction_length: int, source: Source, **options: Any) -> None:
         self.patch_size: int = network.patch_size  # type: ignore[assignment]
         self.own_patches: int = network.num_predict_token  # type: ignore[assignment]
         super().__init__(
             network,
             prediction_length=prediction_length,
-            context_length=context_length,
             source=source,
             patch_sizes=(self.patch_size,),
+            **options,
         )
         self.levels = tuple(float(level) for level in network.quantile_levels)  # type: ignore[union-attr]
         own = self.own_patches * self.patch_size

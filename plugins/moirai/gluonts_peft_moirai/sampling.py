@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from gluonts_peft.backbone import Source, Trajectories
+from gluonts_peft.backbone import Trajectories
 from gluonts_peft.registry import unknown
 
 from .backbone import MoiraiBackbone
@@ -40,18 +40,15 @@ class _Sampling(MoiraiBackbone):
     """
 
     capabilities = frozenset({"samples", "covariates", "multivariate"})
-    option_names = ("patch_size", "num_samples", "draws")
 
     def __init__(
         self,
         network: nn.Module,
         *,
-        prediction_length: int,
-        context_length: int | None,
-        source: Source,
         patch_size: int | str,
         num_samples: int,
         draws: str,
+        **options: Any,
     ) -> None:
         self.patch_sizes: tuple[int, ...] = tuple(network.patch_sizes)  # type: ignore[arg-type]
         choices: tuple[int | str, ...] = self._patch_choices(self.patch_sizes)
@@ -63,10 +60,8 @@ class _Sampling(MoiraiBackbone):
             raise ValueError(unknown("draws", draws, ("horizon", "uni2ts")))
         super().__init__(
             network,
-            prediction_length=prediction_length,
-            context_length=context_length,
-            source=source,
             patch_sizes=self.patch_sizes if isinstance(patch_size, str) else (patch_size,),
+            **options,
         )
         self.patch_size = patch_size
         self.num_samples = num_samples

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers.models.t5 import modeling_t5
 
-from gluonts_peft.backbone import Backbone, Source, Trajectories
-from gluonts_peft.registry import unknown
+from gluonts_peft.backbone import Backbone, Source, Trajectories, find_sites
 
 from .network import MomentNetwork, bridge, normalise
 
@@ -27,6 +26,15 @@ __all__ = ["MomentBackbone"]
 logger = logging.getLogger(__name__)
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+_SITES = {
+    modeling_t5.T5Attention: {"q": "q", "k": "k", "v": "v", "o": "o"},
+    modeling_t5.T5DenseActDense: {"ff_in": "wi", "ff_out": "wo"},
+    modeling_t5.T5DenseGatedActDense: {"ff_in": "wi_0 wi_1", "ff_out": "wo"},
+    modeling_t5.T5LayerNorm: {"norm": "."},
+    modeling_t5.T5LayerSelfAttention: {"attention_norm": "layer_norm"},
+}
 
 
 class MomentBackbone(Backbone):
@@ -43,17 +51,10 @@ class MomentBackbone(Backbone):
 
     network: MomentNetwork
 
-    def __init__(self, network: MomentNetwork, **lengths: Any) -> None:
-        known = {"prediction_length", "context_length", "source"}
-        if extra := sorted(set(lengths) - known):
-            raise ValueError(unknown("backbone option", extra[0], ()))
-        super().__init__(network, **lengths)
+    def __init__(self, network: MomentNetwork, **options: Any) -> None:
+        super().__init__(network, **options)
         self.untrained = () if network.can_forecast() else ("head",)
-
-    @classmethod
-    def bundled(cls) -> dict[str, Path]:
-        root = Path(__file__).parent / "checkpoints"
-        return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").is_file()}
+        self.patch_length = network.patch_len
 
     @classmethod
     def load_network(cls, folder: Path) -> MomentNetwork:
@@ -100,31 +101,10 @@ class MomentBackbone(Backbone):
 
     @cached_property
     def _sites(self) -> dict[str, tuple[str, ...]]:
-        found: dict[str, list[str]] = {
-            "embedding": ["patch_embedding.value_embedding"],
-            "head": ["forecast_head.linear"],
-        }
-        for name, module in self.network.named_modules():
-            if isinstance(module, modeling_t5.T5Attention):
-                for kind in ("q", "k", "v", "o"):
-                    found.setdefault(kind, []).append(f"{name}.{kind}")
-            elif isinstance(module, modeling_t5.T5DenseActDense | modeling_t5.T5DenseGatedActDense):
-                inputs = ["wi"] if isinstance(module, modeling_t5.T5DenseActDense) else ["wi_0", "wi_1"]
-                found.setdefault("ff_in", []).extend(f"{name}.{part}" for part in inputs)
-                found.setdefault("ff_out", []).append(f"{name}.wo")
-            elif isinstance(module, modeling_t5.T5LayerNorm):
-                found.setdefault("norm", []).append(name)
-            elif isinstance(module, modeling_t5.T5LayerSelfAttention):
-                found.setdefault("attention_norm", []).append(f"{name}.layer_norm")
         # The encoder of T5 has no bias tensors; its table of relative positions is a bias of the attention scores. The
         # biases of the heads are left out: the forecasting head trains as a whole, the other has no part in forecasts.
-        found["bias"] = [
-            name
-            for name, _ in self.network.named_parameters()
-            if name.endswith((".bias", ".relative_attention_bias.weight"))
-            and not name.startswith(("head.", "forecast_head."))
-        ]
-        return {kind: tuple(names) for kind, names in found.items()}
+        found = find_sites(self.network, _SITES, (".relative_attention_bias.weight",))
+        return found | {"embedding": ("patch_embedding.value_embedding",), "head": ("forecast_head.linear",)}
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the squared error of each window, mean over observed labels, shape ``(batch,)``.
