@@ -9,17 +9,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .eicu import load_eicu
     from .hourly import PLAUSIBLE, load_hourly
+    from .mimic import load_mimic
+    from .output import convert, write
     from .simulate import patient_of, simulate_vitals
+    from .stays import Stay, Stays
+    from .steps import PAPER_STEPS, STEPS, prepare
 
 _HOME = {
+    "PAPER_STEPS": "steps",
     "PLAUSIBLE": "hourly",
+    "STEPS": "steps",
+    "Stay": "stays",
+    "Stays": "stays",
+    "convert": "output",
+    "load_eicu": "eicu",
     "load_hourly": "hourly",
+    "load_mimic": "mimic",
     "patient_of": "simulate",
+    "prepare": "steps",
     "simulate_vitals": "simulate",
+    "write": "output",
 }
 
-__all__ = ["PLAUSIBLE", "load_hourly", "patient_of", "simulate_vitals"]
+__all__ = [
+    "PAPER_STEPS",
+    "PLAUSIBLE",
+    "STEPS",
+    "Stay",
+    "Stays",
+    "convert",
+    "load_eicu",
+    "load_hourly",
+    "load_mimic",
+    "patient_of",
+    "prepare",
+    "simulate_vitals",
+    "write",
+]
 
 
 def __getattr__(name: str) -> Any:

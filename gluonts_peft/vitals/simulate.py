@@ -179,7 +179,7 @@ def simulate_vitals(
 
 
 def patient_of(item_id: str) -> str:
-    """Patient of an item id ``"<patient>/<vital>"``, to split by patient.
+    """Patient of an item id ``"<patient>/<vital>"`` or ``"<patient>/<stay>/<vital>"``, to split by patient.
 
     Raises
     ------
@@ -188,11 +188,11 @@ def patient_of(item_id: str) -> str:
 
     Examples
     --------
-    >>> patient_of("sim-0007/hr")
-    'sim-0007'
+    >>> patient_of("sim-0007/hr"), patient_of("002-1039/141765/hr")
+    ('sim-0007', '002-1039')
     """
-    patient, slash, vital = item_id.rpartition("/")
-    if not slash or not patient or not vital:
+    patient, slash, rest = item_id.partition("/")
+    if not slash or not patient or not rest or rest.endswith("/"):
         raise ValueError(f"item_id {item_id!r} is not of the form '<patient>/<vital>', as 'sim-0007/hr' is")
     return patient
 

@@ -142,8 +142,10 @@ def windows(values, vital):
     return cut[:, :72], cut[:, 72:]
 
 
-@pytest.mark.parametrize(("item_id", "patient"), [("sim-0007/hr", "sim-0007"), ("site/12/map", "site/12")])
-def test_the_patient_is_all_before_the_last_slash(item_id, patient):
+@pytest.mark.parametrize(
+    ("item_id", "patient"), [("sim-0007/hr", "sim-0007"), ("002-1039/141765/map", "002-1039"), ("12/34/0/hr", "12")]
+)
+def test_the_patient_is_all_before_the_first_slash(item_id, patient):
     assert patient_of(item_id) == patient
 
 
