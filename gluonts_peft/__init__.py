@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
+    from .anomaly import detect
     from .backbone import Backbone, load_backbone
     from .backtesting import backtest
     from .checkpoint import Checkpoint
     from .estimator import PeftEstimator
+    from .imputation import impute
     from .metrics import DTW, DTWPathError
     from .predictor import PeftPredictor
     from .registry import get_adapter, get_estimator, list_adapters, list_families
@@ -36,8 +38,10 @@ _HOME = {
     "TuningDidNotHelp": "training",
     "Windows": "windows",
     "backtest": "backtesting",
+    "detect": "anomaly",
     "get_adapter": "registry",
     "get_estimator": "registry",
+    "impute": "imputation",
     "list_adapters": "registry",
     "list_families": "registry",
     "load_backbone": "backbone",
@@ -57,8 +61,10 @@ __all__ = [
     "Windows",
     "__version__",
     "backtest",
+    "detect",
     "get_adapter",
     "get_estimator",
+    "impute",
     "list_adapters",
     "list_families",
     "load_backbone",

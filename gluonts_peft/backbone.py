@@ -6,6 +6,7 @@ it wants, never how a family names it. :data:`SITES` is the closed set of kinds 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from abc import ABC, abstractmethod
@@ -80,6 +81,37 @@ class Trajectories:
     levels: tuple[float, ...] | None
 
 
+# Folders of checkpoints, as they are on disk -> their networks and fingerprints; None keeps nothing.
+_kept: dict[Any, tuple[nn.Module, str]] | None = None
+
+
+def keep_networks() -> None:
+    """From now on read each checkpoint once in this process.
+
+    Backbones then share the tensors of their base on the CPU; what an adapter trains of them is copied first. This is
+    for workers that run one trial after another.
+    """
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def _loaded(backbone: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
+    """Return a network and the fingerprint of its weights."""
+    if _kept is None:
+        return backbone.load_network(folder), backbone.fingerprint(folder)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    key = (backbone, *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+    if key not in _kept:
+        _kept[key] = (backbone.load_network(folder), backbone.fingerprint(folder))
+    network, digest = _kept[key]
+    # New parameters on the same memory: moving one to a GPU, or training it, leaves the kept network alone.
+    shared: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad) for tensor in network.parameters()
+    }
+    shared |= {id(tensor): tensor for tensor in network.buffers()}
+    return copy.deepcopy(network, shared), digest
+
+
 class Backbone(nn.Module, ABC):
     """A pretrained forecaster.
 
@@ -151,6 +183,7 @@ class Backbone(nn.Module, ABC):
         self.context_length = context_length
         self.source = source
         self.options: dict[str, Any] = {}
+        self.shares_weights = False
         self.adapter: Adapter | None = None
         self.eval()
 
@@ -161,10 +194,15 @@ class Backbone(nn.Module, ABC):
     @classmethod
     def bundled(cls) -> dict[str, Path]:
         """Return the checkpoints that ship with the plug-in, name -> folder: by default those in the folder
-        ``checkpoints`` beside the module of the class.
+        ``checkpoints`` beside the module of the class, or of a class that it derives from.
         """
-        root = Path(str(sys.modules[cls.__module__].__file__)).parent / "checkpoints"
-        return {folder.name: folder for folder in sorted(root.glob("*")) if (folder / "config.json").is_file()}
+        found: dict[str, Path] = {}
+        for kind in cls.__mro__[: cls.__mro__.index(Backbone)]:
+            place = getattr(sys.modules[kind.__module__], "__file__", None)
+            root = Path(place or "").parent / "checkpoints"
+            folders = sorted(root.glob("*")) if place else []
+            found = {folder.name: folder for folder in folders if (folder / "config.json").is_file()} | found
+        return found
 
     @classmethod
     def from_checkpoint(
@@ -197,12 +235,13 @@ class Backbone(nn.Module, ABC):
         """
         parsed = parse(checkpoint, bundled=cls.bundled())
         folder, revision = cls.fetch(parsed)
-        network = cls.load_network(folder)
-        source = Source(cls.family, parsed.name, parsed.kind, revision, cls.fingerprint(folder))
+        network, digest = _loaded(cls, folder)
+        source = Source(cls.family, parsed.name, parsed.kind, revision, digest)
         backbone = cls.from_network(
             network, prediction_length=prediction_length, context_length=context_length, source=source, **options
         )
         backbone.options = options
+        backbone.shares_weights = _kept is not None
         return backbone
 
     @classmethod

@@ -43,6 +43,9 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Samples = Annotated[int | None, typer.Option(help="Sample paths a series, for families that sample.")]
 Jobs = Annotated[int, typer.Option(help="Trials at the same time.")]
 Report = Annotated[Path, typer.Option(help="Folder for trials, table and report.")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster: auto, HOST:PORT.  [default: RAY_ADDRESS, or this machine alone]")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 NewFolder = Annotated[Path, typer.Option(help="New folder for the predictor.")]
 Validation = Annotated[Path | None, typer.Option(help="Data of the gate.  [default: the ends of DATA, held out]")]
@@ -151,14 +154,16 @@ def _facts(rows: Iterable[tuple[str, object]]) -> None:
 
 
 def _adapter(text: str) -> Any:
+    return _json("--adapter", text, '{"name": "lora", "r": 4}')
+
+
+def _json(option: str, text: str, example: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f'--adapter {text!r} is not JSON: {error}; write e.g. \'{{"name": "lora", "r": 4}}\''
-        ) from None
+        raise ValueError(f"{option} {text!r} is not JSON: {error}; write e.g. '{example}'") from None
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -288,6 +293,9 @@ def fit(
     learning_rate: Rate = None,
     seed: Annotated[int, typer.Option(help="Same seed, same machine, same numbers.")] = 0,
     gate: IfWorse = "fallback",
+    task: Annotated[
+        str, typer.Option(help="forecast, or reconstruct (for detect and impute; --horizon then has no effect).")
+    ] = "forecast",
     device: Device = "auto",
     freq: Freq = None,
     item_id: ItemId = "item_id",
@@ -300,6 +308,8 @@ def fit(
     While it runs, its checkpoints are in OUT/training; after an interruption repeat the command with --resume.
     """
     spec = _adapter(adapter)
+    if task not in ("forecast", "reconstruct"):
+        raise ValueError(f"--task {task} is unknown; name forecast or reconstruct")
     with _new_folder(out, resume) as training:
         from .data import read_dataset
         from .registry import get_adapter, get_estimator
@@ -324,7 +334,13 @@ def fit(
         dataset = read_dataset(data, **columns)
         held_out = None if validation is None else read_dataset(validation, **columns)
         try:
-            predictor = estimator.train(dataset, held_out, ckpt_path="last" if resume else None)
+            predictor: Any
+            if task == "reconstruct":
+                from .imputation import train_reconstruction
+
+                predictor = train_reconstruction(estimator, dataset, held_out, ckpt_path="last" if resume else None)
+            else:
+                predictor = estimator.train(dataset, held_out, ckpt_path="last" if resume else None)
         except TuningDidNotHelp as error:
             _say(f"error: {error}", stderr=True)
             raise typer.Exit(3) from None
@@ -446,15 +462,183 @@ def backtest(
     _table(("metric", *frame.index), rows, title, right=1)
 
 
+@app.command(epilog=_example("detect ward.csv --family moment --calibration 0.25 --out anomalies"))
+def detect(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="New folder for scores, events and plot.")],
+    calibration: Annotated[
+        str | None, typer.Option(help="Clean part: steps or share at the start of each series, or a file.")
+    ] = None,
+    model: Model = None,
+    family: Family = None,
+    checkpoint: Checkpoint = None,
+    horizon: Horizon = None,
+    context: Context = None,
+    method: Annotated[str, typer.Option(help="auto, reconstruction, visible, residual or exceedance.")] = "auto",
+    threshold: Annotated[
+        str, typer.Option(help="quantile, deviations or extreme; or JSON: a mapping with the name and options.")
+    ] = "quantile",
+    smoothing: Annotated[int, typer.Option(help="Width of a moving mean over the scores.")] = 1,
+    merge: Annotated[int, typer.Option(help="Steps between stretches that are one event all the same.")] = 0,
+    min_length: Annotated[int, typer.Option(help="Fewest steps of an event.")] = 1,
+    stride: Annotated[int | None, typer.Option(help="Steps from window to window.  [default: the method's]")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Column with 1 where there is an anomaly: scores the scores.")
+    ] = None,
+    device: Device = "auto",
+    freq: Freq = None,
+    item_id: ItemId = "item_id",
+    timestamp: Timestamp = "timestamp",
+    target: Target = "target",
+) -> None:
+    """Find anomalies in each series of DATA, with a tuned model or zero-shot."""
+    spec = _json("--threshold", threshold, '{"name": "quantile", "level": 0.999}')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"--out {out} is in use; name a new folder")
+
+    from .anomaly import QUALITY, evaluate, write_detections
+    from .anomaly import detect as find
+    from .data import read_dataset
+
+    columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp)
+    if model is None and horizon is None and method in ("auto", "reconstruction", "visible") and _reconstructs(family):
+        horizon = 1
+    predictor = _predictor(model, family, checkpoint, horizon, context, device)
+    dataset = read_dataset(data, target=target, **columns)
+    clean: Any = calibration
+    if calibration is not None:
+        number = _number(calibration)
+        clean = read_dataset(Path(calibration), target=target, **columns) if number is None else number
+    truth = None if labels is None else read_dataset(data, target=labels, **columns)
+    found = find(
+        predictor,
+        dataset,
+        calibration=clean,
+        method=method,
+        threshold=spec,
+        smoothing=smoothing,
+        merge=merge,
+        min_length=min_length,
+        stride=stride,
+        progress=sys.stderr.isatty(),
+    )
+    quality = []
+    for each, label in zip(found, truth, strict=True) if truth else ():
+        # A series without anomalies is nothing to measure by.
+        scored = evaluate(each.scores.values, label["target"]) if label["target"].any() else {}
+        quality.append((each.scores.item_id, *(f"{scored[name]:.3f}" if scored else "-" for name in QUALITY)))
+    write_detections(found, dataset, out)
+    rows = [
+        (
+            each.scores.item_id,
+            event.start,
+            event.end,
+            event.last - event.first + 1,
+            f"{event.peak:.4g}",
+            f"{each.threshold:.4g}",
+        )
+        for each in found
+        for event in each.events
+    ]
+    _table(("item_id", "start", "end", "steps", "peak", "threshold"), rows, f"{len(rows)} events", right=3)
+    if quality:
+        _table(("item_id", *QUALITY), quality, right=1)
+    _say(f"scores, events and plot: {out}")
+
+
+def _number(text: str) -> int | float | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return None
+
+
+def _reconstructs(family: str | None) -> bool:
+    from .registry import get_estimator
+
+    return "reconstruct" in get_estimator(family or DEFAULT_FAMILY).backbone_class.capabilities
+
+
+@app.command(epilog=_example("impute ward.csv --out filled.csv"))
+def impute(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="File for the filled series: .csv, .csv.gz or .parquet.")],
+    model: Model = None,
+    family: Annotated[str | None, typer.Option(help="Model family that reconstructs.  [default: moment]")] = None,
+    checkpoint: Checkpoint = None,
+    context: Context = None,
+    max_gap: Annotated[int | None, typer.Option(help="Longest gap to fill.  [default: half the context]")] = None,
+    unfillable: Annotated[str, typer.Option(help="Longer gaps and empty series: raise, keep (missing).")] = "raise",
+    device: Device = "auto",
+    freq: Freq = None,
+    item_id: ItemId = "item_id",
+    timestamp: Timestamp = "timestamp",
+    target: Target = "target",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fill the gaps of each series of DATA; observed values stay as they are."""
+    from .data import read_dataset, writable
+    from .imputation import impute as fill
+    from .imputation import write_imputed
+
+    writable(out, overwrite)
+    if model is None:
+        family = family or "moment"
+    predictor = _predictor(model, family, checkpoint, None if model is not None else 1, context, device)
+    dataset = read_dataset(data, freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
+    filled = fill(predictor, dataset, max_gap=max_gap, unfillable=unfillable, progress=sys.stderr.isatty())
+    columns = (item_id or "item_id", timestamp, target)
+    table = write_imputed(dataset, filled, out, overwrite=overwrite, columns=columns)
+    left = int(table[target].isna().sum())
+    _say(f"{int(table['imputed'].sum())} values of {len(dataset)} series filled, {left} left missing: {out}")
+
+
 @app.command(epilog=_example("study examples/demo.yaml --out runs/demo --jobs 2 --set prediction_length=12"))
 def study(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="YAML file of the study.")],
     out: Report,
     jobs: Jobs = 1,
     set_: Override = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on the nodes of a Ray cluster, on all their cores.")] = False,
+    address: Address = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the trials and how long they will take, and run none of them.")
+    ] = False,
 ) -> None:
     """Run the trials of a study; a second run continues the first."""
-    _run_study(spec, out, jobs, dict(map(_override, set_ or ())))
+    if dry_run:
+        return _estimate_study(spec, out, jobs, dict(map(_override, set_ or ())))
+    executor = _on_ray(out, jobs, address) if ray or address is not None else {}
+    _run_study(spec, out, jobs, dict(map(_override, set_ or ())), **executor)
+
+
+def _estimate_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any]) -> None:
+    from .trials import estimate, load_study
+
+    found = estimate(load_study(spec, overrides), out)
+    _table(("trial", "state"), [(trial.name(), state) for trial, state in found.cells])
+    left = sum(state != "finished" for _, state in found.cells)
+    _say(f"{len(found.cells)} trials, {left} of them to run")
+    if left:
+        _say(f"about {_duration(found.seconds / max(1, jobs))} with --jobs {jobs}; less where training stops early")
+        _say(f"estimated from: {'; '.join(found.sources)}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes" if hours < 2 else f"{hours:.1f} hours"
+
+
+def _on_ray(out: Path, jobs: int, address: str | None) -> dict[str, Any]:
+    if jobs != 1:
+        raise ValueError(f"--jobs {jobs} does not go with --ray, which runs as many trials as there are cores")
+    from .trials import on_ray
+    from .trials.cluster import shared_folder
+
+    shared_folder(out)
+    return {"executor": on_ray(address)}
 
 
 @app.command(epilog=_example("demo --out runs/demo --jobs 2"))
@@ -471,14 +655,48 @@ def demo(
     _run_study(spec, out, jobs, {} if data is None else real)
 
 
-def _run_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any]) -> None:
+def _run_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any], **options: Any) -> None:
     from .trials import load_study, print_table, run_study, write_report
 
-    results = run_study(load_study(spec, overrides), out, jobs=jobs, progress=sys.stderr.isatty())
+    results = run_study(load_study(spec, overrides), out, jobs=jobs, progress=sys.stderr.isatty(), **options)
     print_table(results, _console())
     _say(f"report: {write_report(out)}")
     if failed := sum(result.status == "failed" for result in results):
         _say(f"error: {failed} of {len(results)} trials failed; run it again to try these again", stderr=True)
+        raise typer.Exit(1)
+
+
+@app.command(epilog=_example("search ray_configs/searches/quick.yaml --out $PWD/runs/quick --set num_samples=4"))
+def search(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="YAML file of the search.")],
+    out: Annotated[Path, typer.Option(help="Folder for trials and ranking: absolute, and shared by all nodes.")],
+    set_: Override = None,
+    address: Address = None,
+    serial: Annotated[bool, typer.Option("--serial", help="One trial after another, here, without Ray.")] = False,
+) -> None:
+    """Let Ray Tune choose among the trials of a search; a second run continues the first.
+
+    At the end OUT/ranking.csv has the trials, the best first, and OUT/best is the best one's predictor.
+    """
+    if serial and address is not None:
+        raise ValueError(f"--serial does not go with --address {address}; leave one out")
+    from .trials import load_search, print_ranking
+    from .trials import search as run_search
+
+    overrides = dict(map(_override, set_ or ()))
+    wanted = load_search(spec, overrides)
+    ranking = run_search(wanted, out, address=address, serial=serial, progress=sys.stderr.isatty())
+    print_ranking(ranking, _console())
+    _say(f"ranking: {out / 'ranking.csv'}")
+    finished = ranking["status"].isin(["finished", "stopped"])
+    if (ranking["status"] == "finished").any():
+        _say(f"best predictor: {out / 'best'}")
+    if not finished.all():
+        lost = len(ranking) - finished.sum()
+        first = ranking["error"].dropna().head(1)
+        why = f" ({first.iloc[0]})" if len(first) else ""
+        message = f"error: {lost} of {len(ranking)} trials have no final score{why}; run it again to try these again"
+        _say(message, stderr=True)
         raise typer.Exit(1)
 
 
@@ -511,3 +729,111 @@ def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved 
         raise ValueError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from None
     facts.append(("adapter on disk", f"{sum(path.stat().st_size for path in folder.rglob('*.safetensors')):,} bytes"))
     _facts(facts)
+
+
+vitals_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(
+    vitals_app,
+    name="vitals",
+    help="Turn a download of ICU vital signs into GluonTS data, divided by patient.",
+    epilog=_example("vitals eicu --help"),
+)
+
+Download = Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder with the tables, .csv or .csv.gz.")]
+NewData = Annotated[Path, typer.Option(help="New folder for the data.")]
+Vital = Annotated[list[str], typer.Option(help="hr, map, sbp, dbp, resp or o2sat; repeatable.")]
+Cuff = Annotated[str, typer.Option(help="Cuff pressures: gaps (of the arterial ones), stays (without any), never.")]
+Step = Annotated[str, typer.Option(help="Of ranges, plausibility, fill, scale, smooth, length, windows, in order.")]
+StepOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="STEP.OPTION=VALUE", help="Option of a step; repeatable.")
+]
+Fractions = Annotated[str, typer.Option(help="Patients for train, validation, test; '' for one part, all.")]
+SplitSeed = Annotated[int, typer.Option(help="Seed of the split.")]
+PAPER_STEPS = "plausibility,fill,scale,smooth,windows"
+
+
+@vitals_app.command(epilog=_example("vitals eicu eicu-crd-2.0 --out eicu --vital hr --set windows.stride=3"))
+def eicu(
+    folder: Download,
+    out: NewData,
+    vital: Vital = ["hr", "map"],  # noqa: B006
+    cohort: Annotated[str, typer.Option(help="sepsis (by admission diagnosis or diagnosis table) or all.")] = "sepsis",
+    cuff: Cuff = "gaps",
+    freq: Annotated[str, typer.Option(help="Step, whole minutes.")] = "5min",
+    steps: Step = PAPER_STEPS,
+    set_: StepOption = None,
+    fractions: Fractions = "0.8,0.1,0.1",
+    seed: SplitSeed = 42,
+) -> None:
+    """Convert eICU-CRD: vitalPeriodic, vitalAperiodic, patient, and diagnosis if there."""
+    from .vitals import load_eicu
+
+    _convert(load_eicu, folder, out, vital, steps, set_, fractions, seed, cohort=cohort, cuff=cuff, freq=freq)
+
+
+@vitals_app.command(epilog=_example("vitals mimic mimiciv-3.1 --out mimic --steps plausibility,fill --fractions ''"))
+def mimic(
+    folder: Download,
+    out: NewData,
+    vital: Vital = ["hr", "map"],  # noqa: B006
+    min_age: Annotated[float, typer.Option(help="Years at admission; 0 keeps newborns and needs no PATIENTS.")] = 16,
+    cuff: Cuff = "gaps",
+    freq: Annotated[str, typer.Option(help="Step, whole minutes.")] = "h",
+    steps: Step = PAPER_STEPS,
+    set_: StepOption = None,
+    fractions: Fractions = "0.8,0.1,0.1",
+    seed: SplitSeed = 42,
+) -> None:
+    """Convert MIMIC-III or MIMIC-IV: CHARTEVENTS, ICUSTAYS and PATIENTS."""
+    from .vitals import load_mimic
+
+    _convert(
+        load_mimic, folder, out, vital, steps, set_, fractions, seed, min_age=min_age or None, cuff=cuff, freq=freq
+    )
+
+
+def _convert(
+    load: Any,
+    folder: Path,
+    out: Path,
+    vital: list[str],
+    steps: str,
+    overrides: list[str] | None,
+    fractions: str,
+    seed: int,
+    **loading: Any,
+) -> None:
+    import time
+
+    from .vitals import convert
+
+    options: dict[str, dict[str, Any]] = {}
+    for path, value in map(_override, overrides or ()):
+        step, dot, option = path.partition(".")
+        if not (dot and option):
+            raise ValueError(f"--set {path}={value} is not step.option=value; write e.g. --set smooth.points=5")
+        options.setdefault(step, {})[option] = value
+    try:
+        shares = [float(share) for share in fractions.split(",")] if fractions else None
+    except ValueError:
+        raise ValueError(f"--fractions {fractions!r} are not numbers; write e.g. 0.8,0.1,0.1") from None
+    start = time.perf_counter()
+    manifest = convert(
+        load,
+        folder,
+        out,
+        vitals=vital,
+        steps=[step.strip() for step in steps.split(",")] if steps else [],
+        options=options,
+        fractions=shares,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+        **loading,
+    )
+    seconds = time.perf_counter() - start
+    rows = [(name, rule, f"{count:,}") for name, found in manifest["counts"].items() for rule, count in found.items()]
+    _table(("where", "what", "count"), rows, right=2)
+    counted = [(part, *(f"{count:,}" for count in found.values())) for part, found in manifest["parts"].items()]
+    _table(("part", *next(iter(manifest["parts"].values()))), counted, right=1)
+    total = sum(source["rows"] for source in manifest["sources"])
+    _say(f"{total:,} rows in {seconds:.1f} seconds, {total / seconds:,.0f} rows a second: {out}")

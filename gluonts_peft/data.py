@@ -163,14 +163,7 @@ def write_forecasts(
         If the ending or a level is wrong, the folder is missing, the file exists, or a forecast is multivariate, has no
         ``item_id`` or does not know a level; or if there are no forecasts.
     """
-    path = Path(path)
-    suffix = _suffix(path, (*_CSV, ".parquet"))
-    if suffix is None:
-        raise ValueError(f"path '{path}' has an unknown ending; known: {', '.join(_CSV)}, .parquet")
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder of path '{path}' does not exist; make it first")
-    if path.exists() and not overwrite:
-        raise ValueError(f"path '{path}' exists; give another one, or overwrite=True (command line: --overwrite)")
+    path, suffix = writable(path, overwrite)
     levels = [float(level) for level in quantiles]
     for level in levels:
         if not 0.0 < level < 1.0:
@@ -181,6 +174,24 @@ def write_forecasts(
     if not tables:
         raise ValueError(f"there are no forecasts to write to '{path}'; is the dataset, or an iterator, used up?")
     table = pd.concat(tables, ignore_index=True)
+    write_table(table, path, suffix)
+
+
+def writable(path: str | os.PathLike[str], overwrite: bool) -> tuple[Path, str]:
+    """Return the path of a table to write and its ending; a ValueError if it cannot be written."""
+    path = Path(path)
+    suffix = _suffix(path, (*_CSV, ".parquet"))
+    if suffix is None:
+        raise ValueError(f"path '{path}' has an unknown ending; known: {', '.join(_CSV)}, .parquet")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of path '{path}' does not exist; make it first")
+    if path.exists() and not overwrite:
+        raise ValueError(f"path '{path}' exists; give another one, or overwrite=True (command line: --overwrite)")
+    return path, suffix
+
+
+def write_table(table: Any, path: Path, suffix: str) -> None:
+    """Write a table; the file appears whole or not at all."""
     # In the same folder, as a rename is atomic only within a file system.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

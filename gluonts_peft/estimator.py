@@ -6,8 +6,9 @@ import inspect
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gluonts.core.component import validated
 from gluonts.dataset.common import Dataset
@@ -17,8 +18,12 @@ from . import __version__
 from .backbone import Backbone
 from .predictor import PeftPredictor
 from .registry import get_adapter, unknown
-from .training import TrainingOptions, TuningDidNotHelp, fit
+from .tasks import parse_tasks
+from .training import Fit, TrainingOptions, TuningDidNotHelp, fit, resolve_device
 from .windows import SeriesStore, Skipped, Windows
+
+if TYPE_CHECKING:
+    from .adapters.base import Adapter
 
 __all__ = ["PeftEstimator"]
 
@@ -66,6 +71,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         Where training checkpoints and, for large data, the memory-mapped series go. None writes nothing to disk.
     backbone_options
         Options of the family.
+    tasks
+        Several tasks to train for at once, see :func:`gluonts_peft.tasks.parse_tasks`; None trains for forecasts of
+        ``prediction_length`` steps. The gate then scores all of them together, and ``fit.tasks`` each.
     progress
         Show a progress bar.
     trainer_kwargs
@@ -100,6 +108,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         precision: str = "auto",
         folder: str | None = None,
         backbone_options: dict | None = None,  # type: ignore[type-arg]
+        tasks: list | None = None,  # type: ignore[type-arg]
         progress: bool = True,
         trainer_kwargs: dict | None = None,  # type: ignore[type-arg]
     ) -> None:
@@ -139,6 +148,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.gate = gate
         self.folder = None if folder is None else Path(folder)
         self.backbone_options = dict(backbone_options or {})
+        self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
         self.progress = progress
         self.trainer_kwargs = dict(trainer_kwargs or {})
 
@@ -181,7 +191,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             Where training windows are drawn from.
         validation_data
             Its last windows decide the best epoch and the zero-shot gate. If None, the last ``prediction_length``
-            steps of each training series are held out for this and not trained on.
+            steps of each training series are held out for this and not trained on. Adapters that score themselves,
+            such as ``trace``, hold out further steps before these.
         ckpt_path
             Training checkpoint to go on from, or ``"last"``: that of ``folder`` if there is one.
 
@@ -216,6 +227,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         validation = list(
             held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
         )
+        joint, before = self.tasks, {}
+        if joint is not None:
+            backbone.to(resolve_device(self.options.device))
+            before = joint.scores(backbone, validation)
+            joint = joint.scaled(before)
         result = fit(
             backbone,
             adapter,
@@ -226,7 +242,19 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             ckpt_path=ckpt_path,
             progress=self.progress,
             trainer_kwargs=self.trainer_kwargs,
+            loss=joint,
         )
+        if joint is not None:
+            after = joint.scores(backbone, validation)
+            scores = {name: {"before": before[name], "after": after[name]} for name in before}
+            result = replace(result, tasks=scores)
+            if backbone.untrained and joint.forecasts:
+                # What was scored before is an untrained head.
+                result = replace(result, gate=replace(result.gate, zero_shot=None))
+        return self._hand_over(backbone, adapter, result)
+
+    def _hand_over(self, backbone: Backbone, adapter: Adapter, result: Fit) -> PeftPredictor:
+        """Return the tuned predictor, or what the gate says."""
         if not result.gate.passed and adapter.num_parameters():
             message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: {result.gate}"
             if self.gate == "raise":
@@ -234,7 +262,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             if self.gate == "fallback":
                 warnings.warn(
                     TuningDidNotHelp(f"{message}; the zero-shot predictor is returned (gate='keep' keeps the tuned)"),
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 adapter.detach()
         return PeftPredictor(backbone, fit=result, seed=self.options.seed, device=self.options.device)

@@ -52,6 +52,13 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         Seed of sample paths: each call of :meth:`predict` draws the same ones.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+    prediction_length
+        Steps to hand over of those that the model forecasts; all of them if None.
+
+    Raises
+    ------
+    ValueError
+        If the model does not forecast that many steps.
     """
 
     __version__: str = __version__
@@ -64,8 +71,12 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         batch_size: int = 64,
         seed: int = 0,
         device: str = "auto",
+        prediction_length: int | None = None,
     ) -> None:
-        super().__init__(prediction_length=backbone.prediction_length)
+        own = backbone.prediction_length
+        if prediction_length is not None and not 0 < prediction_length <= own:
+            raise ValueError(f"prediction_length {prediction_length} is not from 1 to {own}, what the model forecasts")
+        super().__init__(prediction_length=own if prediction_length is None else prediction_length)
         self.backbone = backbone.to(resolve_device(device))
         self.fit = fit
         self.batch_size = batch_size
@@ -107,7 +118,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             dataset,
             context_length=backbone.past_length,
             batch_size=self.batch_size,
-            prediction_length=self.prediction_length,
+            prediction_length=backbone.prediction_length,
             features="covariates" in backbone.capabilities,
             multivariate="multivariate" in backbone.capabilities,
             time_features=backbone.time_features,
@@ -130,7 +141,28 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 else:
                     with fused():
                         result = backbone.forecast(tensors, num_samples=num_samples, generator=generator)
-            yield from _forecasts(entries, result)
+            yield from _forecasts(entries, result, self.prediction_length)
+
+    def shorten(self, prediction_length: int) -> PeftPredictor:
+        """Return a predictor of the same model that hands over the first steps of each forecast.
+
+        Features that are known in the future must still cover all steps that the model forecasts.
+
+        Raises
+        ------
+        ValueError
+            If the model does not forecast that many steps.
+        """
+        short = PeftPredictor(
+            self.backbone,
+            fit=self.fit,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=str(self.backbone.device),
+            prediction_length=prediction_length,
+        )
+        short.merged = self.merged
+        return short
 
     def serialize(self, path: Path) -> None:
         """Write the predictor into a folder: JSON and the adapter's tensors, never the base weights.
@@ -175,11 +207,12 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             raise
 
     def _config(self) -> dict[str, Any]:
-        adapter = self.backbone.adapter
+        adapter, own = self.backbone.adapter, self.backbone.prediction_length
         return {
             "family": self.backbone.family,
             "base": asdict(self.backbone.source),
             "prediction_length": self.prediction_length,
+            **({} if own == self.prediction_length else {"model_prediction_length": own}),
             "context_length": self.backbone.context_length,
             "backbone_options": self.backbone.options,
             "adapter": None if adapter is None or not adapter.num_parameters() else adapter.spec,
@@ -329,10 +362,13 @@ def _read(folder: Path) -> dict[str, Any]:
         return {
             "family": str(config["family"]),
             "base": Source(**{name: value and str(value) for name, value in config["base"].items()}),
-            "lengths": {name: int(config[name]) for name in ("prediction_length", "context_length")},
+            "lengths": {
+                "prediction_length": int(config.get("model_prediction_length", config["prediction_length"])),
+                "context_length": int(config["context_length"]),
+            },
             "backbone_options": dict(config["backbone_options"]),
             "adapter": config["adapter"],
-            "settings": {name: int(config[name]) for name in ("batch_size", "seed")},
+            "settings": {name: int(config[name]) for name in ("batch_size", "seed", "prediction_length")},
             "fit": None if fit is None else Fit(**{**fit, "gate": Gate(**fit["gate"])}),
         }
     except FileNotFoundError as error:
@@ -341,8 +377,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories) -> Iterator[Forecast]:
-    values = result.values.float().cpu().numpy()
+def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories, prediction_length: int) -> Iterator[Forecast]:
+    values = result.values[:, :, :prediction_length].float().cpu().numpy()
     first: QuantileForecast | None = None
     for entry, own in zip(entries, values, strict=True):
         common = {

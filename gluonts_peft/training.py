@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,12 +26,15 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
+from .heads import FeatureCache, forecast_error, with_features
 from .resume import SafeCheckpointIO, read_checkpoint
+from .windows import Windows
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
     from .backbone import Backbone
-    from .windows import Windows
+
+    Loss = Callable[[Backbone, Mapping[str, Tensor]], Tensor]
 
 __all__ = ["Fit", "Gate", "TrainingOptions", "TuningDidNotHelp", "fit", "mean_loss", "resolve_device", "to_device"]
 
@@ -114,15 +117,19 @@ class Gate:
     Parameters
     ----------
     zero_shot, tuned
-        Mean training loss of the family over the validation windows, before and after; lower is better. There is no
-        score before where the checkpoint brings no forecasting head.
+        Mean score over the validation windows, before and after; lower is better. There is no score before where the
+        checkpoint brings no forecasting head.
     windows
         Number of validation windows.
+    measure
+        What is scored: ``"loss"``, the training loss of the family, or ``"forecast error"`` where a new head took the
+        place of the model's own, so that their losses differ in kind; see :func:`gluonts_peft.heads.forecast_error`.
     """
 
     zero_shot: float | None
     tuned: float
     windows: int
+    measure: str = "loss"
 
     @property
     def passed(self) -> bool:
@@ -131,12 +138,15 @@ class Gate:
 
     def __str__(self) -> str:
         if self.zero_shot is None:
-            return f"no zero-shot forecast to compare with: validation loss {self.tuned:.5g} ({self.windows} windows)"
+            return (
+                f"no zero-shot forecast to compare with: validation {self.measure} {self.tuned:.5g}"
+                f" ({self.windows} windows)"
+            )
         change = 100.0 * (self.tuned / self.zero_shot - 1.0) if self.zero_shot else math.nan
         verdict = "tuning helped" if self.passed else "tuning did not help"
         return (
-            f"{verdict}: validation loss {self.zero_shot:.5g} zero-shot, {self.tuned:.5g} tuned ({change:+.2f} %,"
-            f" {self.windows} windows)"
+            f"{verdict}: validation {self.measure} {self.zero_shot:.5g} zero-shot, {self.tuned:.5g} tuned"
+            f" ({change:+.2f} %, {self.windows} windows)"
         )
 
 
@@ -150,6 +160,10 @@ class Fit:
     seconds: float
     learning_rate: float
     history: list[dict[str, float]] = field(default_factory=list)
+    # What the adapter found out, as its report() says.
+    report: dict[str, Any] = field(default_factory=dict)
+    # Of each task, its own loss before and after, where there were several.
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -176,20 +190,33 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tenso
     return {name: torch.as_tensor(value).to(device) for name, value in batch.items()}
 
 
-def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]]) -> float:
-    """Return the mean of the family's loss over validation batches."""
+def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]], loss: Loss | None = None) -> float:
+    """Return the mean of the family's loss, or of another one, over validation batches."""
     total, count = 0.0, 0
     with backbone.inference():
         for batch in batches:
-            losses = backbone.loss(to_device(batch, backbone.device))
+            losses = _losses(backbone, to_device(batch, backbone.device), loss)
             total += losses.double().sum().item()
             count += len(losses)
     return total / count
 
 
+def _losses(backbone: Backbone, batch: Mapping[str, Tensor], loss: Loss | None) -> Tensor:
+    return backbone.loss(batch) if loss is None else loss(backbone, batch)
+
+
 class _Module(pl.LightningModule):  # type: ignore[misc]
-    def __init__(self, backbone: Backbone, adapter: Adapter, windows: Windows, options: TrainingOptions, rate: float):
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: Adapter,
+        windows: Windows | FeatureCache,
+        options: TrainingOptions,
+        rate: float,
+        loss: Loss | None = None,
+    ) -> None:
         super().__init__()
+        self.loss = loss
         self.backbone = backbone
         self.adapter = adapter
         self.windows = windows
@@ -201,7 +228,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         step = self.current_epoch * self.options.num_batches_per_epoch + index
         torch.manual_seed(_mix(self.options.seed, step))
         batch = to_device(self.windows.sample(step, self.options.batch_size), self.device)
-        loss = self.backbone.loss(batch).mean()
+        loss = _losses(self.backbone, batch, self.loss).mean()
         self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=self.options.batch_size)
         penalty = self.adapter.penalty()
         return loss if penalty is None else loss + penalty
@@ -210,7 +237,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         self.adapter.after_step(self.global_step - 1)
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
-        losses = self.backbone.loss(batch)
+        losses = _losses(self.backbone, batch, self.loss)
         self.log("val_loss", losses.mean(), batch_size=len(losses), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
@@ -276,6 +303,9 @@ class _Keeper(Callback):  # type: ignore[misc]
         if not math.isfinite(score):
             logger.warning("validation loss is %s after epoch %d: training stops", score, trainer.current_epoch)
             self.stopped = True
+        elif not self.adapter.settled:
+            # Its weights would be those of another adapter than the one that is kept.
+            pass
         elif score < self.best:
             self.best, self.waited = score, 0
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
@@ -351,6 +381,7 @@ def fit(
     ckpt_path: str | Path | None = None,
     progress: bool = True,
     trainer_kwargs: Mapping[str, Any] | None = None,
+    loss: Loss | None = None,
 ) -> Fit:
     """Attach an adapter to a backbone and train it; the weights of the best epoch are kept.
 
@@ -361,7 +392,8 @@ def fit(
     adapter
         Not attached yet.
     windows
-        Where training windows are drawn from.
+        Where training windows are drawn from. For an adapter that asks for ``scoring_windows``, the last windows of its
+        series are held out.
     validation
         Batches of validation windows.
     options
@@ -374,6 +406,9 @@ def fit(
         Show a progress bar.
     trainer_kwargs
         Further arguments of ``lightning.pytorch.Trainer``; its ``callbacks`` are added to ours.
+    loss
+        Another loss than the family's own: takes the backbone and a batch, gives the loss of each window. It is known
+        again by its ``repr`` when a run is resumed.
 
     Raises
     ------
@@ -382,7 +417,14 @@ def fit(
     """
     device = resolve_device(options.device)
     backbone.to(device)
-    zero_shot = None if backbone.untrained else mean_loss(backbone, validation)
+    # Without a head there is no forecast to score; another loss need not be one of forecasts.
+    levels = adapter.head_levels
+
+    def validate() -> float:
+        return mean_loss(backbone, validation, loss) if levels is None else forecast_error(backbone, validation, levels)
+
+    zero_shot = None if backbone.untrained and (loss is None or levels is not None) else validate()
+    measure = "loss" if levels is None else "forecast error"
     count = sum(len(batch["past_target"]) for batch in validation)
     rate = adapter.learning_rate if options.learning_rate is None else options.learning_rate
     with _seeded(options.seed, device):
@@ -390,6 +432,12 @@ def fit(
         if adapter.num_parameters() == 0:
             return Fit(Gate(zero_shot, math.inf if zero_shot is None else zero_shot, count), 0, 0, 0.0, 0.0)
         adapter.prepare(options.total_steps)
+        scoring: list[Mapping[str, Any]] = []
+        if adapter.scoring_windows:
+            windows, scoring = _hold_out(windows, adapter.scoring_windows)
+            adapter.score_on(
+                [to_device(batch, device) for batch in scoring], lambda batch: _losses(backbone, batch, loss)
+            )
         run = {
             "adapter": adapter.spec,
             "base": asdict(backbone.source),
@@ -401,6 +449,8 @@ def fit(
                 for name in ("context_length", "prediction_length", "min_context", "holdout", "seed")
             },
             "options": {**asdict(options), "learning_rate": rate, "device": device.type},
+            **({} if loss is None else {"loss": repr(loss)}),
+            **({} if not scoring else {"scoring": _digest(scoring)}),
         }
         path, start = _checkpoints(folder, ckpt_path, run)
         keeper = _Keeper(adapter, path, run, options.patience)
@@ -408,7 +458,24 @@ def fit(
         callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
         if progress:
             callbacks.append(_Bar(options.total_steps, repr(adapter)))
-        module = _Module(backbone, adapter, windows, options, rate).train()
+        kept: FeatureCache | None = None
+        shown: Iterable[Mapping[str, Any]] = validation
+        # Another loss may look at other parts of a window than the features are made of.
+        caches = adapter.caches and loss is None
+        if caches or adapter.pool is not None:
+            kept = FeatureCache(
+                backbone,
+                windows,
+                steps=options.total_steps,
+                batch_size=options.batch_size,
+                pool=adapter.pool,
+                folder=folder,
+                compute=caches,
+                progress=progress,
+            )
+        if caches:
+            shown = with_features(backbone, validation)
+        module = _Module(backbone, adapter, kept or windows, options, rate, loss).train()
         with _quiet_lightning():
             trainer = pl.Trainer(
                 **{
@@ -429,17 +496,39 @@ def fit(
                 },
                 callbacks=callbacks,
             )
-            batches = [to_device(batch, torch.device("cpu")) for batch in validation]
+            batches = [to_device(batch, torch.device("cpu")) for batch in shown]
             loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-            with _interruptible():
-                trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
+            try:
+                with _interruptible():
+                    trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
+            finally:
+                if kept is not None:
+                    kept.close()
     backbone.to(device).eval()
     if keeper.weights:
         adapter.load_state_dict(keeper.weights)
+        adapter.finish()
     # The same function scores both sides, so that they differ by the weights alone.
-    tuned = mean_loss(backbone, validation) if keeper.weights else math.inf
-    gate = Gate(zero_shot, tuned, count)
-    return Fit(gate, len(keeper.history), trainer.global_step, keeper.seconds, rate, keeper.history)
+    tuned = validate() if keeper.weights else math.inf
+    gate = Gate(zero_shot, tuned, count, measure)
+    steps, report = trainer.global_step, adapter.report()
+    return Fit(gate, len(keeper.history), steps, keeper.seconds, rate, keeper.history, report)
+
+
+def _hold_out(windows: Windows, wanted: int) -> tuple[Windows, list[Mapping[str, Any]]]:
+    """Return windows that leave out the ends of their series, and batches of the windows there, about as many as asked.
+
+    Few series give several windows each, which overlap; no more than a quarter of the longest series goes to them.
+    """
+    steps = windows.prediction_length
+    distance = max(1, steps // 4, windows.context_length // 8)
+    room = max(0, int(windows.store.lengths.max()) // 4 - steps) // distance
+    count = min(math.ceil(wanted / len(windows.store)), 1 + room)
+    last = windows.last(windows=count, distance=distance, max_windows=wanted)
+    names = ("context_length", "prediction_length", "min_context", "seed", "time_features")
+    holdout = windows.holdout + steps + (count - 1) * distance
+    rest = Windows(windows.store, holdout=holdout, **{name: getattr(windows, name) for name in names})
+    return rest, list(last)
 
 
 def _checkpoints(

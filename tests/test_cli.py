@@ -22,7 +22,20 @@ from typer.testing import CliRunner
 
 from gluonts_peft import cli, registry
 
-VERBS = ["families", "adapters", "fit", "forecast", "backtest", "study", "demo", "show"]
+VERBS = [
+    "families",
+    "adapters",
+    "fit",
+    "forecast",
+    "backtest",
+    "detect",
+    "impute",
+    "study",
+    "demo",
+    "search",
+    "show",
+    "vitals",
+]
 SHORT = ["--horizon", "6", "--context", "48", "--epochs", "1", "--batches", "3", "--batch-size", "4", "--device", "cpu"]
 COMPLETE = {"gluonts-config.json", "predictor.json", "adapter"}
 
@@ -679,6 +692,22 @@ def test_a_study_runs_and_a_second_run_continues(tmp_path: Path) -> None:
     )
 
 
+def test_a_dry_run_shows_the_trials_and_runs_none(tmp_path: Path) -> None:
+    spec, out = tmp_path / "spec.yaml", tmp_path / "out"
+    spec.write_text(SPEC)
+    shown = ok("study", spec, "--out", out, "--dry-run", "--jobs", "2")
+    assert not out.exists()
+    assert "last_value hr" in shown
+    assert "bolt-nano lora hr seed 0" in shown
+    assert "2 trials, 2 of them to run\nabout " in shown
+    assert " seconds with --jobs 2; " in shown
+    measured = "last_value hr measured with 0 steps; bolt-nano lora hr seed 0 measured with 2 steps"
+    assert f"estimated from: {measured}" in shown
+    ok("study", spec, "--out", out)
+    again = ok("study", spec, "--out", out, "--dry-run")
+    assert again.endswith("2 trials, 0 of them to run\n")
+
+
 def test_failed_trials_exit_1_after_the_report(trials: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     import gluonts_peft.trials as module
 
@@ -698,3 +727,116 @@ def test_demo_on_real_data_is_a_study_that_can_be_used(trials: list[Any], tmp_pa
     base = load_study(*trials[0]).base
     assert (base["data"]["source"], base["data"]["path"]) == ("hourly", "hourly.parquet")
     assert (base["prediction_length"], base["context_length"]) == (12, 72)
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two series with a daily season: one has a stretch that is strange, and says so, both have gaps."""
+    steps, noise = np.arange(600), np.random.default_rng(0)
+    frames = []
+    for name in "ab":
+        values = 50 + 10 * np.sin(steps * np.pi / 12) + noise.normal(size=len(steps))
+        if name == "b":
+            values[400:412] += 25
+        values[[30, 31, 32, 500]] = np.nan
+        times = pd.date_range("2024-01-01", periods=len(steps), freq="h")
+        strange = (steps >= 400) & (steps < 412) & (name == "b")
+        frames.append(pd.DataFrame({"item_id": name, "timestamp": times, "target": values, "strange": strange * 1}))
+    path = tmp_path_factory.mktemp("ward") / "ward.csv"
+    pd.concat(frames).to_csv(path, index=False)
+    return path
+
+
+def cells(output: str) -> list[list[str]]:
+    """The rows of the tables that were printed."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if line[:1] == "│"]
+
+
+def test_detect_prints_events_and_writes_scores_and_plot(ward: Path, tmp_path: Path) -> None:
+    out = tmp_path / "anomalies"
+    extreme = '{"name": "extreme", "risk": 1e-6, "level": 0.9}'
+    common = ["--calibration", "0.5", "--threshold", extreme, "--merge", "8", "--labels", "strange"]
+    output = ok("detect", ward, "--family", "moment", *common, "--out", out)
+    assert names(out) == {"scores.csv", "events.csv", "plot.png"}
+    assert output.endswith(f"scores, events and plot: {out}\n")
+    events, quality = [row for row in cells(output) if len(row) == 6], [row for row in cells(output) if len(row) == 5]
+    found = pd.read_csv(out / "events.csv")
+    assert len(events) == len(found)
+    longest = found.loc[found[found["item_id"] == "b"]["steps"].idxmax()]
+    assert "2024-01-17 12:00" <= longest["start"] <= "2024-01-18 00:00"
+    assert [longest["item_id"], longest["start"][:16], f"{longest['peak']:.4g}"] in [
+        [row[0], row[1], row[4]] for row in events
+    ]
+    # Only one of the series has anomalies.
+    assert quality[0] == ["a", "-", "-", "-", "-"]
+    assert quality[1][0] == "b"
+    assert float(quality[1][1]) > 0.99
+    assert len(pd.read_csv(out / "scores.csv")) == 1200
+
+    assert refused("detect", ward, "--family", "moment", *common, "--out", out) == (
+        f"--out {out} is in use; name a new folder"
+    )
+
+
+def test_detect_calibrates_on_a_file_and_takes_a_model_that_forecasts(
+    data: Path, model: Path, ward: Path, tmp_path: Path
+) -> None:
+    output = ok("detect", ward, "--model", model, "--calibration", data, "--out", tmp_path / "x", "--smoothing", "3")
+    scores = pd.read_csv(tmp_path / "x" / "scores.csv")
+    assert scores["threshold"].nunique() == 1
+    assert "b" in {row[0] for row in cells(output)}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--family", "moment"], "calibration is missing: a threshold needs a part without anomalies;"),
+        (["--family", "moment", "--calibration", "2.5"], "calibration 2.5 is neither a share between 0 and 1 nor"),
+        (["--calibration", "0.5"], "there is nothing to forecast with; give --model FOLDER, or --horizon N"),
+        (
+            ["--calibration", "0.5", "--horizon", "4", "--method", "reconstruction"],
+            "family 'chronos' does not reconstruct its input;",
+        ),
+        (
+            ["--family", "moment", "--calibration", "0.5", "--threshold", '{"name"'],
+            "--threshold '{\"name\"' is not JSON: Expecting ':' delimiter: line 1 column 8 (char 7);"
+            ' write e.g. \'{"name": "quantile", "level": 0.999}\'',
+        ),
+        (["--family", "moment", "--calibration", "0.5", "--labels", "target"], "labels hold "),
+        (["--family", "moment", "--calibration", "0.5", "--labels", "gone"], "target 'gone' is not"),
+    ],
+)
+def test_detect_refuses_what_it_cannot_do(ward: Path, tmp_path: Path, options: list[str], sentence: str) -> None:
+    assert refused("detect", ward, "--out", tmp_path / "out", *options).startswith(sentence)
+    assert not (tmp_path / "out").exists()
+
+
+def test_impute_fills_gaps_and_leaves_the_rest(ward: Path, tmp_path: Path) -> None:
+    out = tmp_path / "filled.csv"
+    assert ok("impute", ward, "--out", out) == f"8 values of 2 series filled, 0 left missing: {out}\n"
+    before, after = pd.read_csv(ward), pd.read_csv(out)
+    missing = before["target"].isna()
+    assert after["imputed"].tolist() == missing.tolist()
+    # The numbers of a table are read as float32.
+    assert (after["target"][~missing] == before["target"][~missing].astype("float32").astype(str).astype(float)).all()
+    assert after["target"].between(35, 90).all()
+    assert refused("impute", ward, "--out", out).startswith(f"path '{out}' exists; give another one")
+    output = run("impute", ward, "--out", out, "--overwrite", "--max-gap", "2", "--unfillable", "keep")
+    assert output.stdout == f"2 values of 2 series filled, 6 left missing: {out}\n"
+    assert output.stderr.startswith("warning: 2 gaps stay missing; the first: series 'a' misses the 3 steps 30 to 32,")
+    assert refused("impute", ward, "--out", tmp_path / "x.csv", "--family", "chronos").startswith(
+        "family 'chronos' does not reconstruct its input;"
+    )
+
+
+def test_fit_to_reconstruct_makes_a_model_for_impute_and_detect(ward: Path, tmp_path: Path) -> None:
+    arguments = ["fit", ward, "--family", "moment", "--task", "reconstruct", *SHORT, "--gate", "keep"]
+    assert "adapter:              lora\n" in ok(*arguments, "--out", tmp_path / "model")
+    ok("impute", ward, "--model", tmp_path / "model", "--out", tmp_path / "tuned.csv")
+    ok("impute", ward, "--context", "48", "--out", tmp_path / "zero-shot.csv")
+    tuned, zero_shot = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("tuned", "zero-shot"))
+    assert (tuned["target"] != zero_shot["target"])[tuned["imputed"]].all()
+    ok("detect", ward, "--model", tmp_path / "model", "--calibration", "0.5", "--out", tmp_path / "anomalies")
+    assert refused(*arguments[:4], "--task", "imputation", *SHORT, "--out", tmp_path / "x") == (
+        "--task imputation is unknown; name forecast or reconstruct"
+    )

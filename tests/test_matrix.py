@@ -35,7 +35,7 @@ SPECS: list[Any] = [*gluonts_peft.list_adapters(), *VARIANTS]
 ELSEWHERE: list[Any] = [*gluonts_peft.list_adapters(), ["layernorm", "lora"], ["vera", "oft", "lora", "bitfit"]]
 
 # Methods that start from random numbers; all others start from constants, or from the seed in their configuration.
-RANDOM = {"lora", "dora", "adalora", "hra"}
+RANDOM = {"lora", "dora", "adalora", "hra", "trace"}
 # Parameters that cannot have an influence on the loss of these checkpoints, by regular expression.
 WITHOUT_EFFECT = {
     # A single token is decoded, so the softmax of its self-attention is 1 whatever queries, keys and positions are.

@@ -315,7 +315,7 @@ class GuessesWithoutHead(Wrong, BoltBackbone):
 
 
 class NoFeatures(Wrong, BoltBackbone):
-    capabilities = frozenset({"quantiles", "features"})
+    features = Backbone.features
 
 
 class FlatFeatures(Wrong, BoltBackbone):
@@ -326,6 +326,8 @@ class FlatFeatures(Wrong, BoltBackbone):
 
 
 class SecretFeatures(Wrong, BoltBackbone):
+    capabilities = frozenset({"quantiles"})
+
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["past_target"][:, :, None]
 

@@ -30,6 +30,8 @@ CASES: dict[str, dict[str, Any]] = {
     "adalora": {"adapter": {"name": "adalora", "tinit": 2, "tfinal": 5}},
     "hybrid": {"adapter": HYBRID, "weight_decay": 0.1},
     "t5-dropout": {"checkpoint": "t5-nano", "adapter": DROPOUT},
+    # Two rounds of selection, the second half way, and two modules of three are out at the end.
+    "trace": {"adapter": {"name": "trace", "keep": 0.34, "schedule": 2}, "patience": 3},
 }
 # Changes no weight by as much as rounding lets the forecasts see: the loss stays what it was.
 STANDSTILL = 1e-30
@@ -132,7 +134,8 @@ class Recorder(Callback):
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        gradients = [parameter.grad for parameter in module.adapter.parameters()]
+        # Modules that are out of a selection have none.
+        gradients = [parameter.grad for parameter in module.adapter.parameters() if parameter.grad is not None]
         self.norms.append(float(torch.cat([gradient.flatten() for gradient in gradients]).norm()))
 
 
@@ -293,6 +296,9 @@ def whole_runs() -> dict[str, Any]:
         ("hybrid", "epoch", 1),
         ("hybrid", "validation", 1),
         ("t5-dropout", "batch", 2),
+        # Between the rounds of selection, and after the last one.
+        ("trace", "batch", 1),
+        ("trace", "validation", 3),
         # Nothing had been written: "last" begins at the beginning.
         ("lora", "batch", 0),
     ],

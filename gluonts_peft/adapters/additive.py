@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -156,7 +156,14 @@ class PeftAdapter(Adapter):
     ------
     AdapterError
         If an option is unknown or PEFT refuses its value.
+
+    Attributes
+    ----------
+    own_options
+        Options that are the adapter's and not PEFT's.
     """
+
+    own_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, method: Method, options: Mapping[str, Any]) -> None:
         super().__init__(options)
@@ -165,7 +172,7 @@ class PeftAdapter(Adapter):
         self.learning_rate = method.learning_rate
         self.mergeable = method.mergeable
         self.innermost = method.innermost
-        known = {f.name for f in fields(method.config_class())} - _OURS | {"sites"}
+        known = self.known_options()
         for option in options:
             if option not in known:
                 raise AdapterError(f"adapter {self.name!r}: " + unknown("option", option, known))
@@ -175,6 +182,10 @@ class PeftAdapter(Adapter):
         self._weights: list[nn.Parameter] = []
         self._watched: list[Tensor] = []
         self._folded: tuple[list[tuple[int, int, int]], list[Tensor]] | None = None
+
+    def known_options(self) -> set[str]:
+        """Return the names of the options: PEFT's, the adapter's own, and ``sites``."""
+        return {f.name for f in fields(self.method.config_class())} - _OURS | {"sites"} | self.own_options
 
     @property
     def prefix(self) -> str:
@@ -197,7 +208,8 @@ class PeftAdapter(Adapter):
             If PEFT refuses a value.
         """
         method = self.method
-        options = {**method.defaults, **self.options}
+        given = {name: value for name, value in self.options.items() if name not in self.own_options}
+        options = {**method.defaults, **given}
         if "target_modules" in options:
             targets: Any = options.pop("target_modules")
             options.pop("sites", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -53,12 +53,28 @@ class Adapter(ABC):
         Whether :meth:`merge` can fold the adapter into the weights of the base.
     innermost
         Whether it must attach before the other parts of a hybrid.
+    head_levels
+        Quantile levels that a new head in place of the model's own forecasts; None where the model keeps its head. With
+        a new head the output changes when it is attached, and losses before and after differ in kind.
+    frozen_features
+        Whether the features of the backbone stay what they are while the adapter trains.
+    caches
+        Whether to compute these features once instead of in each step.
+    pool
+        Training windows to draw once and to train on again and again; None for new ones in each step.
+    scoring_windows
+        Held-out windows, other than those that choose the best epoch, that the adapter wants for :meth:`score_on`.
     """
 
     name: str
     learning_rate: float
     mergeable: bool = True
     innermost: bool = False
+    head_levels: tuple[float, ...] | None = None
+    frozen_features: bool = False
+    caches: bool = False
+    pool: int | None = None
+    scoring_windows: int = 0
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
@@ -104,6 +120,8 @@ class Adapter(ABC):
         backbone.network.train(backbone.network.training)
         backbone.network.requires_grad_(False)
         for parameter in self.parameters():
+            if backbone.shares_weights:
+                parameter.data = parameter.data.clone()
             parameter.requires_grad_(True)
 
     def detach(self) -> None:
@@ -191,8 +209,26 @@ class Adapter(ABC):
     def prepare(self, total_steps: int) -> None:
         """Learn how long the training will be, before its first step."""
 
+    def score_on(self, batches: Sequence[Mapping[str, Tensor]], loss: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+        """Take over the held-out windows of ``scoring_windows``, and the loss that trains, a number a window."""
+
     def after_step(self, step: int) -> None:
-        """Act after the backward pass and update of step ``step`` (counted from 0)."""
+        """Act after the backward pass and update of step ``step`` (counted from 0).
+
+        Random numbers of torch follow from the seed and the step.
+        """
+
+    @property
+    def settled(self) -> bool:
+        """Whether what trains now is what will be kept; an epoch before that cannot be the best."""
+        return True
+
+    def finish(self) -> None:
+        """Give up what only training needs, after its last step and with the weights of the best epoch."""
+
+    def report(self) -> dict[str, Any]:
+        """Return what the training has found out about the adapter, as JSON values."""
+        return {}
 
     def penalty(self) -> Tensor | None:
         """Return a term to add to the loss, or None."""

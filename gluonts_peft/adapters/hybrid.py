@@ -7,7 +7,7 @@ place, so their changes add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,9 @@ class Hybrid(Adapter):
         # The most sensitive part decides; a rate that is too small only costs time.
         self.learning_rate = min(part.learning_rate for part in parts)
         self.mergeable = all(part.mergeable for part in parts)
+        self.head_levels = next((part.head_levels for part in parts if part.head_levels is not None), None)
+        self.frozen_features = all(part.frozen_features for part in parts)
+        self.scoring_windows = max(part.scoring_windows for part in parts)
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.parts))
@@ -116,9 +119,24 @@ class Hybrid(Adapter):
         for part in self.parts:
             part.prepare(total_steps)
 
+    def score_on(self, batches: Sequence[Mapping[str, Tensor]], loss: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+        for part in self.parts:
+            part.score_on(batches, loss)
+
     def after_step(self, step: int) -> None:
         for part in self.parts:
             part.after_step(step)
+
+    @property
+    def settled(self) -> bool:
+        return all(part.settled for part in self.parts)
+
+    def finish(self) -> None:
+        for part in self.parts:
+            part.finish()
+
+    def report(self) -> dict[str, Any]:
+        return {part.name: found for part in self.parts if (found := part.report())}
 
     def penalty(self) -> Tensor | None:
         terms = [term for part in self.parts if (term := part.penalty()) is not None]

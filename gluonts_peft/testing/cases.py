@@ -317,7 +317,9 @@ class Cell:
 def train_cell(case: AdapterCase) -> Cell:
     adapter = case.attach(seed=1)
     training = [name for name, module in adapter.attached.network.named_modules() if module.training]
-    initial_answers, initial = case.answers(adapter.attached), tensors_of(adapter)
+    # A new head has nothing to say yet.
+    initial_answers = [] if adapter.head_levels is not None else case.answers(adapter.attached)
+    initial = tensors_of(adapter)
     optimizer = optimizer_of(adapter)
     losses = train_steps(adapter, case.batch, optimizer, range(FEW))
     after_few = tensors_of(adapter)

@@ -1,9 +1,11 @@
-"""Trials: one fine-tuning and its backtest, or many of them from a grid, and the report on them.
+"""Trials: one fine-tuning and its backtest, many of them from a grid or chosen by a search, and the report on them.
 
     study = load_study("examples/demo.yaml", {"seed": [0]})
     results = run_study(study, "out", jobs=2)
     print_table(results)
     write_report("out")
+
+    print_ranking(search(load_search("ray_configs/searches/quick.yaml"), "/shared/runs/quick"))
 
 Names are loaded on first use.
 """
@@ -14,18 +16,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .grid import expand, run_study
+    from .cluster import ClusterError, on_ray
+    from .grid import estimate, expand, run_study
+    from .records import print_ranking, ranking
     from .report import load_results, print_table, table, write_report
     from .run import load_data, run_trial
+    from .searching import search
+    from .space import SearchSpec, load_search, search_schema
     from .spec import DataSpec, SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, load_study
 
 _HOME = {
+    "ClusterError": "cluster",
+    "SearchSpec": "space",
+    "load_search": "space",
+    "on_ray": "cluster",
+    "print_ranking": "records",
+    "ranking": "records",
+    "search": "searching",
+    "search_schema": "space",
     "DataSpec": "spec",
     "SpecError": "spec",
     "StudySpec": "spec",
     "TrainingSpec": "spec",
     "TrialResult": "spec",
     "TrialSpec": "spec",
+    "estimate": "grid",
     "expand": "grid",
     "load_data": "run",
     "load_results": "report",
@@ -38,19 +53,28 @@ _HOME = {
 }
 
 __all__ = [
+    "ClusterError",
     "DataSpec",
+    "SearchSpec",
     "SpecError",
     "StudySpec",
     "TrainingSpec",
     "TrialResult",
     "TrialSpec",
+    "estimate",
     "expand",
     "load_data",
     "load_results",
+    "load_search",
     "load_study",
+    "on_ray",
+    "print_ranking",
     "print_table",
+    "ranking",
     "run_study",
     "run_trial",
+    "search",
+    "search_schema",
     "table",
     "write_report",
 ]

@@ -6,45 +6,45 @@ import json
 import logging
 import multiprocessing
 import os
+import statistics
+import tempfile
 import warnings
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .spec import BASELINE, SpecError, StudySpec, TrialResult, TrialSpec, write_atomically
+from .spec import SpecError, StudySpec, TrialResult, TrialSpec, write_atomically
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["STUDY", "expand", "read_study", "run_study", "trial_folder"]
+#: Runs trials in a folder, and says which are running.
+Executor = Callable[[list[TrialSpec], Path, Callable[[list[TrialSpec]], None]], Generator[TrialResult, None, None]]
+
+__all__ = ["STUDY", "Estimate", "estimate", "expand", "read_study", "run_study", "trial_folder"]
 
 STUDY = "study.json"
 
 
 def expand(study: StudySpec) -> list[TrialSpec]:
     """Return the trials of a study, each once: baselines first, then the cells of the grid in its order."""
-    cells = [TrialSpec(**form) for form in study.forms()]
-    # They have no context of their own, but it decides which windows are scored.
-    baselines = [
-        TrialSpec(
-            family=BASELINE,
-            checkpoint=name,
-            adapter="none",
-            prediction_length=cell.prediction_length,
-            context_length=cell.context_length,
-            data=cell.data,
-        )
-        for name in study.baselines
-        for cell in cells
-    ]
-    return list({trial.hash(): trial for trial in (*baselines, *cells)}.values())
+    trials = [TrialSpec(**form) for form in (*study.baseline_forms(), *study.forms())]
+    return list({trial.hash(): trial for trial in trials}.values())
 
 
-def run_study(study: StudySpec, folder: str | Path, *, jobs: int = 1, progress: bool = True) -> list[TrialResult]:
+def run_study(
+    study: StudySpec,
+    folder: str | Path,
+    *,
+    jobs: int = 1,
+    progress: bool = True,
+    executor: Executor | None = None,
+) -> list[TrialResult]:
     """Run the trials of a study that are not finished in its folder yet.
 
     A trial that fails becomes a failed result with its error and stops no other; it is tried again when the study is
@@ -61,6 +61,8 @@ def run_study(study: StudySpec, folder: str | Path, *, jobs: int = 1, progress: 
         The environment variable ``OMP_NUM_THREADS``, if set, decides the threads of a process instead.
     progress
         Show a progress bar with the trials that are running and the time that is left.
+    executor
+        Runs the trials elsewhere; see :func:`gluonts_peft.trials.on_ray`.
 
     Returns
     -------
@@ -85,7 +87,10 @@ def run_study(study: StudySpec, folder: str | Path, *, jobs: int = 1, progress: 
     finished = {result.spec.hash() for result in done}
     todo = [trial for trial in trials if trial.hash() not in finished]
     with _Bar(len(trials), len(done), enabled=progress) as bar:
-        running = _serial(todo, folder, bar) if jobs == 1 else _parallel(todo, folder, jobs, bar)
+        if executor is not None:
+            running = executor(todo, folder, bar.show)
+        else:
+            running = _serial(todo, folder, bar) if jobs == 1 else _parallel(todo, folder, jobs, bar)
         # Closing it at once lets workers end before an exception goes further.
         with closing(running):
             for new in running:
@@ -116,7 +121,113 @@ def read_study(folder: str | Path) -> StudySpec:
         raise SpecError(f"'{path}'", [str(error)]) from error
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What is left of a study.
+
+    Parameters
+    ----------
+    cells
+        Every trial, and ``"finished"``, ``"failed"`` or ``"to run"``.
+    seconds
+        That the trials that are left take, one after another; early stopping may make it less.
+    sources
+        How each part of ``seconds`` was found.
+    """
+
+    cells: list[tuple[TrialSpec, str]]
+    seconds: float
+    sources: list[str]
+
+
+def estimate(study: StudySpec, folder: str | Path) -> Estimate:
+    """Say how long what is left of a study will take, without running it.
+
+    Trials that are finished in the folder tell how long the others of their family and checkpoint take, those with the
+    same adapter first. Where none is finished one trial is measured, with ten steps of training at most, and scaled to
+    the steps of the whole; what it leaves is removed again.
+
+    Parameters
+    ----------
+    study
+        The study.
+    folder
+        As for :func:`run_study`; it need not exist.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds anything else, or a trial that is measured cannot run.
+    """
+    folder = Path(folder)
+    trials = expand(study)
+    _check_claim(folder, trials)
+    results = {trial.hash(): TrialResult.read(trial_folder(folder, trial)) for trial in trials}
+    cells: list[tuple[TrialSpec, str]]
+    cells = [(trial, "to run" if (found := results[trial.hash()]) is None else found.status) for trial in trials]
+    finished = [result for result in results.values() if result is not None and result.status == "finished"]
+    left = [trial for trial, state in cells if state != "finished"]
+    seconds, known, measured = 0.0, 0, dict[tuple[Any, ...], TrialResult]()
+    for trial in left:
+        alike = [
+            result.seconds_total
+            for narrow in (True, False)
+            for result in finished
+            if result.seconds_total is not None and _kind(result.spec, narrow) == _kind(trial, narrow)
+        ]
+        if alike:
+            # Those with the same adapter come first; the first trial of a process loads for all.
+            seconds += statistics.median(alike[:5])
+            known += 1
+            continue
+        kind = _kind(trial, False)
+        if kind not in measured:
+            measured[kind] = _measure(trial, folder)
+        seconds += _scaled(measured[kind], trial)
+    sources = [f"{known} from {len(finished)} finished trials in the folder"] if known else []
+    sources += [f"{result.spec.name()} measured with {result.steps or 0} steps" for result in measured.values()]
+    return Estimate(cells, seconds, sources)
+
+
+def _kind(trial: TrialSpec, narrow: bool) -> tuple[Any, ...]:
+    kind = (trial.family, trial.checkpoint, trial.trains)
+    return (*kind, json.dumps(trial.adapter)) if narrow else kind
+
+
+def _measure(trial: TrialSpec, folder: Path) -> TrialResult:
+    from .run import run_trial
+
+    training = trial.training
+    short = {"max_epochs": 1, "num_batches_per_epoch": min(10, training.num_batches_per_epoch)}
+    form = trial.normal_form()
+    if trial.trains:
+        form["training"] |= short
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".measured-", dir=folder) as place:
+            # The first one of a process loads and compiles for all, so the second one counts.
+            run_trial(TrialSpec(**form), Path(place) / "first")
+            return run_trial(TrialSpec(**form), Path(place) / "second")
+    finally:
+        if not existed:
+            folder.rmdir()
+
+
+def _scaled(measured: TrialResult, trial: TrialSpec) -> float:
+    total, training = measured.seconds_total or 0.0, measured.seconds or 0.0
+    if not measured.steps:
+        return total
+    steps = trial.training.max_epochs * trial.training.num_batches_per_epoch
+    return total - training + training * steps / measured.steps
+
+
 def _claim(folder: Path, study: StudySpec, trials: list[TrialSpec]) -> None:
+    _check_claim(folder, trials)
+    write_atomically(folder / STUDY, json.dumps(study.normal_form(), indent=1) + "\n")
+
+
+def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
     if (folder / STUDY).is_file():
         there = {trial.hash(): trial for trial in expand(read_study(folder))}
         here = {trial.hash(): trial for trial in trials}
@@ -133,7 +244,6 @@ def _claim(folder: Path, study: StudySpec, trials: list[TrialSpec]) -> None:
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"folder '{folder}' is in use and holds no study; name a new or empty one")
-    write_atomically(folder / STUDY, json.dumps(study.normal_form(), indent=1) + "\n")
 
 
 def _check_data(folder: Path, done: list[TrialResult]) -> None:

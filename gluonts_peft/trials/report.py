@@ -5,90 +5,49 @@ All of it is made from the folders of the trials alone. Failed trials are rows; 
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from .grid import STUDY, expand, read_study, trial_folder
-from .spec import BASELINE, SpecError, StudySpec, TrialResult, TrialSpec, describe_adapter, write_atomically
+from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
+from .grid import expand, read_study, trial_folder
+from .sections import Section, curves_of, rank_section, sections_of, tests_of
+from .spec import StudySpec, TrialResult, TrialSpec, write_atomically
+from .tables import (
+    ADAPTER,
+    BETTER,
+    COVERAGE,
+    FULL,
+    JUDGE,
+    MARKS,
+    METRICS,
+    NAIVE_KIND,
+    SCRATCH,
+    TIE,
+    WORSE,
+    ZERO_SHOT,
+    Row,
+    data_of,
+    decimals_of,
+    load_results,
+    mean_and_std,
+    part_of,
+    rows_of,
+    table,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["METRICS", "load_results", "print_table", "table", "write_report"]
 
-#: Columns of the table and the scores of :func:`gluonts_peft.backtest` behind them; lower is better in all of them.
-METRICS = {
-    "MSE": "MSE[0.5]",
-    "MAE": "MAE[0.5]",
-    "MAPE": "MAPE[0.5]",
-    "DTW": "DTW[0.5]",
-    "DTW path error": "DTWPathError[0.5]",
-    "quantile loss": "mean_weighted_sum_quantile_loss",
-}
-COVERAGE = "coverage 80 %"
-JUDGE = "MAE"
-
 # What the terminal puts around a column.
 _GAP = 3
-
-_BETTER, _TIE, _WORSE = "better", "tie", "worse"
-_MARKS = {_BETTER: "▲", _TIE: "≈", _WORSE: "▼", "": ""}
-
-
-def load_results(folder: str | Path) -> list[TrialResult]:
-    """Read the results of all trials that a folder holds, in the order of its study if it has one.
-
-    Raises
-    ------
-    SpecError
-        If the folder holds neither a study nor trials, or a result is damaged.
-    """
-    folder = Path(folder)
-    if (folder / STUDY).is_file():
-        places = [trial_folder(folder, trial) for trial in expand(read_study(folder))]
-    else:
-        places = sorted(path.parent for path in folder.glob("trials/*/result.json"))
-        if not places:
-            raise SpecError(f"folder '{folder}'", ["it holds neither a study nor trials; name the folder of a study"])
-    return [result for place in places if (result := TrialResult.read(place)) is not None]
-
-
-def table(results: Iterable[TrialResult], expected: Iterable[TrialSpec] = ()) -> pd.DataFrame:
-    """Return a row a method, with means and sample standard deviations over seeds.
-
-    Parameters
-    ----------
-    results
-        Results of trials.
-    expected
-        Trials that should be there; those without a result are counted as missing.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by ``data`` and ``method``: baselines, ``zero-shot``, adapters, ``full``. Columns: ``trainable
-        parameters``, each of :data:`METRICS`, ``coverage 80 %`` (share of labels between the 0.1 and 0.9 quantiles),
-        ``seconds`` of training and ``peak memory MB``, each with a column ``... std`` (NaN for a single seed); numbers
-        of ``finished``, ``failed`` and ``missing`` trials and of those that ``gate passed``; ``change %``, the mean of
-        the relative differences of the MAE to zero-shot with the same seed, and its ``verdict``: ``better`` or
-        ``worse`` than zero-shot, or ``tie`` where the mean difference is within one standard deviation over seeds; and
-        the ``error`` of the first failed trial. MSE, MAE and DTW have the unit of the data, MAPE is a fraction.
-    """
-    rows = _rows(list(results), list(expected))
-    frame: pd.DataFrame = pd.DataFrame([row.numbers() for row in rows])
-    if rows:
-        frame.index = pd.MultiIndex.from_tuples([(row.data, row.method) for row in rows], names=["data", "method"])
-    return frame
 
 
 def print_table(results: Iterable[TrialResult], console: Console | None = None) -> None:
@@ -109,8 +68,8 @@ def print_table(results: Iterable[TrialResult], console: Console | None = None) 
     console = console or Console()
     results = list(results)
     frame = table(results)
-    for data in _data(frame):
-        view = _View(_part(frame, data))
+    for data in data_of(frame):
+        view = _View(part_of(frame, data))
         title: Text | None = Text(f"{data} ({_where(results)})")
         for columns in view.chunks(console.width):
             printed = Table(title=title, title_justify="left", box=SIMPLE)
@@ -126,7 +85,7 @@ def print_table(results: Iterable[TrialResult], console: Console | None = None) 
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write ``report.html`` (one file, nothing fetched), ``report.md`` and ``report.csv`` of a study.
+    """Write ``report.html`` (one file, nothing fetched), ``report.md``, ``report.csv`` and ``tests.csv`` of a study.
 
     Parameters
     ----------
@@ -147,171 +106,18 @@ def write_report(folder: str | Path) -> Path:
     study = read_study(folder)
     expected = expand(study)
     results = load_results(folder)
-    rows = _rows(results, expected)
+    rows = rows_of(results, expected)
     frame = table(results, expected)
+    tests = tests_of(rows, folder)
     write_atomically(folder / "report.csv", frame.to_csv())
+    write_atomically(folder / "tests.csv", tests.to_csv(index=False))
     title = f"{study.title} ({_where(expected)})"
-    write_atomically(folder / "report.md", _markdown(title, frame, results, expected))
+    sections = {data: sections_of(data, frame, rows, tests, folder) for data in data_of(frame)}
+    overall = [rank_section(frame)] if len(data_of(frame)) > 1 else []
+    write_atomically(folder / "report.md", _markdown(title, frame, results, expected, sections, overall))
     path = folder / "report.html"
-    write_atomically(path, _html(title, study, folder, frame, rows, results, expected))
+    write_atomically(path, _html(title, study, folder, frame, rows, results, expected, sections, overall))
     return path
-
-
-@dataclass
-class _Row:
-    """The trials of one method on one kind of data."""
-
-    data: str
-    method: str
-    expected: int = 0
-    results: list[TrialResult] = field(default_factory=list)
-    zero_shot: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def finished(self) -> list[TrialResult]:
-        return [result for result in self.results if result.status == "finished"]
-
-    @property
-    def failed(self) -> list[TrialResult]:
-        return [result for result in self.results if result.status == "failed"]
-
-    def _column(self, read: Callable[[TrialResult], float | None], name: str) -> dict[str, float]:
-        values = np.array([_nan(read(result)) for result in self.finished])
-        mean = float(values.mean()) if len(values) else math.nan
-        std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
-        return {name: mean, f"{name} std": std}
-
-    def changes(self) -> list[float]:
-        """Differences of the MAE to zero-shot of the same seed, or for a baseline to zero-shot of each seed."""
-        found = []
-        for result in self.finished:
-            score = _nan(result.scores.get(METRICS[JUDGE]))
-            seeds = list(self.zero_shot) if result.spec.family == BASELINE else [result.spec.seed]
-            found += [score - self.zero_shot[seed] for seed in seeds if seed in self.zero_shot]
-        return [change for change in found if math.isfinite(change)]
-
-    def verdict(self) -> tuple[float, str]:
-        """Return the mean change in per cent of zero-shot, and whether it is better, worse or a tie."""
-        changes = self.changes()
-        if self.method.startswith(_ZERO_SHOT) or not changes:
-            return math.nan, ""
-        mean = float(np.mean(changes))
-        spread = float(np.std(changes, ddof=1)) if len(changes) > 1 else 0.0
-        percent = 100 * mean / float(np.mean(list(self.zero_shot.values())))
-        return percent, _TIE if abs(mean) <= spread else _BETTER if mean < 0 else _WORSE
-
-    def numbers(self) -> dict[str, Any]:
-        parameters = [
-            result.trainable_parameters for result in self.finished if result.trainable_parameters is not None
-        ]
-        gates = [result.gate for result in self.finished if result.gate is not None]
-        change, verdict = self.verdict()
-        numbers: dict[str, Any] = {"trainable parameters": parameters[0] if parameters else math.nan}
-        for name, metric in METRICS.items():
-            numbers |= self._column(lambda result, metric=metric: result.scores.get(metric), name)  # type: ignore[misc]
-        numbers |= self._column(_coverage, COVERAGE)
-        numbers |= self._column(lambda result: result.seconds, "seconds")
-        numbers |= self._column(lambda result: result.peak_memory_mb, "peak memory MB")
-        return numbers | {
-            "finished": len(self.finished),
-            "failed": len(self.failed),
-            "missing": max(0, self.expected - len(self.results)),
-            "gate passed": sum(bool(gate["passed"]) for gate in gates) if gates else math.nan,
-            "change %": change,
-            "verdict": verdict,
-            "error": self.failed[0].error if self.failed else "",
-        }
-
-
-_ZERO_SHOT = "zero-shot"
-_BASELINES = {"seasonal_naive": "seasonal naive", "last_value": "last value"}
-
-
-def _rows(results: list[TrialResult], expected: list[TrialSpec]) -> list[_Row]:
-    """Group trials into rows; a label says what differs between the trials and nothing else."""
-    trials = list({trial.hash(): trial for trial in (*expected, *(result.spec for result in results))}.values())
-    forms = {trial.hash(): _flat(trial.normal_form()) for trial in trials}
-    models = [forms[trial.hash()] for trial in trials if trial.family != BASELINE]
-    tuned = [form for form in models if form["adapter"] != "none"]
-    data_paths = _varying(list(forms.values()), lambda path: path.startswith("data.") or path in _LENGTHS)
-    data_paths.sort(key=lambda path: path != "data.vital")
-    model_paths = _varying(models, lambda path: path.split(".")[0] in _MODEL_PATHS)
-    training_paths = _varying(tuned, lambda path: path.startswith("training."))
-
-    rows: dict[tuple[str, str], _Row] = {}
-    zero_shot: dict[tuple[str, str], dict[int, float]] = {}
-    label_of = {}
-    for trial in trials:
-        form = forms[trial.hash()]
-        data = _describe(form, data_paths, plain="data.vital") or trial.data.vital or "all series"
-        model = "" if trial.family == BASELINE else _describe(form, model_paths)
-        if trial.family == BASELINE:
-            method = _BASELINES[trial.checkpoint]
-        elif trial.adapter == "none":
-            method = ", ".join(filter(None, [_ZERO_SHOT, model]))
-        else:
-            adapter = describe_adapter(trial.adapter)
-            method = ", ".join(filter(None, [adapter, model, _describe(form, training_paths)]))
-        label_of[trial.hash()] = (data, method, model)
-        rows.setdefault((data, method), _Row(data, method))
-    for trial in expected:
-        data, method, _ = label_of[trial.hash()]
-        rows[data, method].expected += 1
-    for result in results:
-        data, method, model = label_of[result.spec.hash()]
-        rows[data, method].results.append(result)
-        if result.spec.adapter == "none" and result.spec.family != BASELINE and result.status == "finished":
-            score = _nan(result.scores.get(METRICS[JUDGE]))
-            zero_shot.setdefault((data, model), {})[result.spec.seed] = score
-    for trial in trials:
-        data, method, model = label_of[trial.hash()]
-        rows[data, method].zero_shot = zero_shot.get((data, model), {})
-
-    order = list(dict.fromkeys(data for data, _ in rows))
-    return sorted(rows.values(), key=lambda row: (order.index(row.data), _rank(row.method)))
-
-
-_LENGTHS = ("prediction_length", "context_length")
-_MODEL_PATHS = ("family", "checkpoint", "backbone_options")
-
-
-def _rank(method: str) -> int:
-    """Baselines, zero-shot, adapters, full tuning; each in the study's order."""
-    if method in _BASELINES.values():
-        return 0
-    name = method.split(", ")[0]
-    return 1 if name == _ZERO_SHOT else 3 if name == "full" else 2
-
-
-def _flat(form: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in form.items():
-        if isinstance(value, dict) and key in ("training", "data", "backbone_options"):
-            flat |= _flat(value, f"{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _varying(forms: list[dict[str, Any]], belongs: Callable[[str], bool]) -> list[str]:
-    paths = [path for path in dict.fromkeys(path for form in forms for path in form) if belongs(path)]
-    return [path for path in paths if len({json.dumps(form.get(path)) for form in forms}) > 1]
-
-
-def _describe(form: Mapping[str, Any], paths: Sequence[str], plain: str | None = None) -> str:
-    return ", ".join(
-        str(form.get(path)) if path == plain else f"{path.rpartition('.')[2]}={form.get(path)}" for path in paths
-    )
-
-
-def _nan(value: float | None) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _coverage(result: TrialResult) -> float | None:
-    low, high = result.scores.get("coverage[0.1]"), result.scores.get("coverage[0.9]")
-    # Of a point forecast both quantiles are the same; it has no interval.
-    return None if low is None or high is None or result.spec.family == BASELINE else high - low
 
 
 def _where(trials: Iterable[TrialResult | TrialSpec]) -> str:
@@ -338,12 +144,12 @@ class _View:
         columns = []
         for name in self.COLUMNS:
             mean, std = frame[name] * scaled[name], frame[f"{name} std"] * scaled[name]
-            columns.append([_pair(m, s, _decimals(mean)) for m, s in zip(mean, std, strict=True)])
+            columns.append([mean_and_std(m, s, decimals_of(mean)) for m, s in zip(mean, std, strict=True)])
         self.cells = []
         for i, (method, row) in enumerate(frame.iterrows()):
             parameters = row["trainable parameters"]
             state = "".join(f" ({row[key]:.0f} {key})" for key in ("failed", "missing") if row[key])
-            change = "" if math.isnan(row["change %"]) else f"{row['change %']:+.1f} % {_MARKS[row['verdict']]}"
+            change = "" if math.isnan(row["change %"]) else f"{row['change %']:+.1f} % {MARKS[row['verdict']]}"
             gate = "–" if math.isnan(row["gate passed"]) else f"{row['gate passed']:.0f}/{row['finished']:.0f}"
             self.cells.append(
                 [
@@ -363,7 +169,7 @@ class _View:
     def style(self, i: int, j: int) -> str:
         """Return how the terminal shows a cell."""
         judged = j == self.headers.index("vs zero-shot")
-        colour = {_BETTER: "green", _WORSE: "red"}.get(self.verdicts[i], "") if judged else ""
+        colour = {BETTER: "green", WORSE: "red"}.get(self.verdicts[i], "") if judged else ""
         return "bold" if (i, j) in self.best else colour
 
     def chunks(self, width: int) -> list[dict[int, int]]:
@@ -393,45 +199,30 @@ class _View:
             "Mean ± standard deviation over seeds, on the same test windows; bold: best of the column. Within 80 %:"
             " share of labels, in per cent, between the 0.1 and 0.9 quantiles. Vs zero-shot: change of MAE, ▲ better,"
             " ▼ worse, ≈ within one standard deviation over seeds. Gate: trials in which tuning beat zero-shot on the"
-            " validation windows."
+            " validation windows. Point forecasts have no interval; their quantile loss takes the point for all levels."
         )
-
-
-def _decimals(values: pd.Series) -> int:
-    """Return how many decimals show four digits of a typical value."""
-    typical = float(values.abs().dropna().median()) if values.notna().any() else math.nan
-    if not math.isfinite(typical) or typical == 0:
-        return 0
-    return max(0, 3 - math.floor(math.log10(typical)))
-
-
-def _pair(mean: float, std: float, decimals: int) -> str:
-    if math.isnan(mean):
-        return "–"
-    return f"{mean:.{decimals}f}" + ("" if math.isnan(std) else f" ±{std:.{decimals}f}")
 
 
 def _sentences(frame: pd.DataFrame) -> list[tuple[str, str]]:
     """Return a verdict on each method, (method, sentence), about MAE alone."""
     found = []
-    zero_shot = [method for method in frame.index if method.startswith(_ZERO_SHOT)]
-    decimals = _decimals(frame[JUDGE])
+    decimals = decimals_of(frame[JUDGE])
     for method, row in frame.iterrows():
-        score = f"MAE {_pair(row[JUDGE], row[f'{JUDGE} std'], decimals)}"
+        score = f"MAE {mean_and_std(row[JUDGE], row[f'{JUDGE} std'], decimals)}"
         seeds = f"{row['finished']:.0f} seed{'s' if row['finished'] != 1 else ''}"
         change = f"{abs(row['change %']):.1f} %"
         if not row["finished"]:
             sentence = "no trial has finished" + (f"; the first error: {row['error']}" if row["error"] else "") + "."
-        elif method in zero_shot:
+        elif row["kind"] == ZERO_SHOT:
             sentence = f"{score}; what the others are measured against."
         elif not row["verdict"]:
             sentence = f"{score}; zero-shot has not run, so nothing can be said."
-        elif row["verdict"] == _TIE:
+        elif row["verdict"] == TIE:
             sentence = f"{score}: no different from zero-shot, {change} is within one standard deviation over {seeds}."
         else:
-            direction = "better" if row["verdict"] == _BETTER else "worse"
+            direction = "better" if row["verdict"] == BETTER else "worse"
             sentence = f"{score}: {change} {direction} than zero-shot ({seeds})."
-            if row["finished"] == 1 and method not in _BASELINES.values():
+            if row["finished"] == 1 and row["kind"] != NAIVE_KIND:
                 sentence += " One seed cannot tell this from luck."
         if not math.isnan(row["gate passed"]) and row["gate passed"] < row["finished"]:
             sentence += (
@@ -484,15 +275,23 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
     notes.append(
         "± is the spread over seeds on the same test windows: how much the luck of training matters, not what other"
         " series would give. All scores are of the tuned model, whatever the gate said; s is the time of training"
-        " alone, MB the peak memory of the whole process (on a GPU: of torch), what earlier trials left included."
+        " alone, MB how far the memory of the process rose in a trial above what libraries and data take (on a GPU: the"
+        " most that torch had allocated)."
     )
     return notes
 
 
-def _markdown(title: str, frame: pd.DataFrame, results: list[TrialResult], expected: list[TrialSpec]) -> str:
+def _markdown(
+    title: str,
+    frame: pd.DataFrame,
+    results: list[TrialResult],
+    expected: list[TrialSpec],
+    sections: Mapping[str, list[Section]],
+    overall: list[Section],
+) -> str:
     lines = [f"# {title}", "", *(f"- {note}" for note in _notes(results, expected))]
-    for data in _data(frame):
-        view = _View(_part(frame, data))
+    for data in data_of(frame):
+        view = _View(part_of(frame, data))
         lines += ["", f"## {data}", "", "| " + " | ".join(view.headers) + " |", "|---" + "|--:" * 12 + "|"]
         for i, row in enumerate(view.cells):
             cells = [text.replace("|", "\\|") for text in row]
@@ -502,19 +301,13 @@ def _markdown(title: str, frame: pd.DataFrame, results: list[TrialResult], expec
             "",
             view.legend(),
             "",
-            *(f"- **{method}**: {text}" for method, text in _sentences(_part(frame, data))),
+            *(f"- **{method}**: {text}" for method, text in _sentences(part_of(frame, data))),
         ]
+        for section in sections[data]:
+            lines += section.markdown()
+    for section in overall:
+        lines += section.markdown()
     return "\n".join(lines) + "\n"
-
-
-def _part(frame: pd.DataFrame, data: str) -> pd.DataFrame:
-    part: Any = frame.xs(data, level="data")
-    assert isinstance(part, pd.DataFrame)
-    return part
-
-
-def _data(frame: pd.DataFrame) -> list[str]:
-    return list(dict.fromkeys(frame.index.get_level_values("data"))) if len(frame) else []
 
 
 _STYLE = """
@@ -545,9 +338,11 @@ def _html(
     study: StudySpec,
     folder: Path,
     frame: pd.DataFrame,
-    rows: list[_Row],
+    rows: list[Row],
     results: list[TrialResult],
     expected: list[TrialSpec],
+    sections: Mapping[str, list[Section]],
+    overall: list[Section],
 ) -> str:
     text = html.escape
     parts = [
@@ -558,43 +353,82 @@ def _html(
         f"<h1>{text(title)}</h1>",
         '<ul class="notes">' + "".join(f"<li>{text(note)}</li>" for note in _notes(results, expected)) + "</ul>",
     ]
-    for data in _data(frame):
-        part, own = _part(frame, data), [row for row in rows if row.data == data]
+    for data in data_of(frame):
+        part, own = part_of(frame, data), [row for row in rows if row.data == data]
         parts += [f"<h2>{text(data)}</h2>", _html_table(_View(part))]
         parts.append(f'<p class="note">{text(_View.legend())}</p>')
         sentences = _sentences(part)
         parts.append(f"<h3>What it says</h3><p>{text(_summary(part))}</p><ul>")
         parts += [f"<li><b>{text(method)}</b>: {text(sentence)}</li>" for method, sentence in sentences]
         parts.append("</ul>")
-        if part["trainable parameters"].gt(0).any() and part[JUDGE].notna().any():
-            parts.append(
-                _html_figure(
-                    lambda theme, part=part: _draw_parameters(part, theme),  # type: ignore[misc]
-                    f"MAE on {data} against the number of trainable parameters; bars are one standard deviation over"
-                    " seeds.",
-                )
-            )
-        shown = _shown(own, folder)
-        if shown:
-            parts.append("<h3>Forecasts</h3>")
-            parts.append(
-                _html_figure(
-                    lambda theme, shown=shown: _draw_forecasts(shown, theme),  # type: ignore[misc]
-                    f"Test windows of {data}, evenly spaced, not chosen by their scores: what was observed (grey, then"
-                    " black or white), the median (blue), and the interval from the 0.1 to the 0.9 quantile. Outliers"
-                    " may lie outside the axes.",
-                )
-            )
+        parts += [section.html() for section in sections[data]]
+        parts += _html_figures(data, part, own, folder)
+    parts += [section.html() for section in overall]
     parts += [*_html_appendix(study, results, expected), "</body></html>"]
     return "\n".join(parts) + "\n"
 
 
+def _html_figures(data: str, frame: pd.DataFrame, rows: list[Row], folder: Path) -> list[str]:
+    parts = []
+    zero_shot = frame[(frame["kind"] == ZERO_SHOT) & frame[JUDGE].notna()]
+    levels = {str(method): float(error) for method, error in zero_shot[JUDGE].items()}
+    points = frame[frame["trainable parameters"].gt(0) & frame[JUDGE].notna()]
+    points = points[["trainable parameters", JUDGE, f"{JUDGE} std"]].set_axis(["parameters", "error", "std"], axis=1)
+    if len(points):
+        parts.append(
+            html_figure(
+                lambda theme: draw_parameters(points, levels, JUDGE, theme),
+                f"MAE on {data} against the number of trainable parameters; bars are one standard deviation over"
+                " seeds.",
+            )
+        )
+    for curve in curves_of(rows, levels):
+        parts.append(
+            html_figure(
+                lambda theme, curve=curve: draw_curve(curve, JUDGE, theme),  # type: ignore[misc]
+                f"MAE on {data} against {curve.option}; bars are one standard deviation over seeds.",
+            )
+        )
+    costs = frame[["seconds", "peak memory MB"]].dropna().set_axis(["seconds of training", "memory, MB"], axis=1)
+    costs = costs[(costs > 0).all(axis=1)]
+    if len(costs):
+        parts.append(
+            html_figure(lambda theme: draw_costs(costs, theme), f"What a trial on {data} takes, mean over seeds.")
+        )
+    shown = _shown(rows, folder)
+    if shown:
+        spaced = {method: [each for each in examples if each["kind"] == "spaced"] for method, examples in shown.items()}
+        parts.append("<h3>Forecasts</h3>")
+        parts.append(
+            html_figure(
+                lambda theme: draw_forecasts(spaced, theme),
+                f"Test windows of {data}, evenly spaced, not chosen by their scores: what was observed (grey, then"
+                " black or white), the median (blue), and the interval from the 0.1 to the 0.9 quantile. Outliers"
+                " may lie outside the axes.",
+            )
+        )
+    extremes = {
+        method: [each for each in examples if each["kind"] != "spaced"]
+        for method, examples in list(shown.items())[:2]
+        if any(each["kind"] != "spaced" for each in examples)
+    }
+    if extremes:
+        parts.append(
+            html_figure(
+                lambda theme: draw_extremes(extremes, theme),
+                f"Each method's own best and worst windows of {data}, by their MAE, of one seed. The best tend to be"
+                " those in which nothing happens.",
+            )
+        )
+    return parts
+
+
 def _summary(frame: pd.DataFrame) -> str:
-    adapters = frame[[_rank(method) >= 2 for method in frame.index]]
+    adapters = frame[frame["kind"].isin([ADAPTER, FULL])]
     counts = adapters["verdict"].value_counts()
     return (
-        f"Of {len(adapters)} ways to tune, {counts.get(_BETTER, 0)} are better than zero-shot in MAE,"
-        f" {counts.get(_TIE, 0)} no different and {counts.get(_WORSE, 0)} worse;"
+        f"Of {len(adapters)} ways to tune, {counts.get(BETTER, 0)} are better than zero-shot in MAE,"
+        f" {counts.get(TIE, 0)} no different and {counts.get(WORSE, 0)} worse;"
         f" {counts.get('', 0)} cannot be judged."
     )
 
@@ -654,158 +488,20 @@ def _html_appendix(study: StudySpec, results: list[TrialResult], expected: list[
     return lines
 
 
-@dataclass(frozen=True)
-class _Theme:
-    text: str
-    accent: str
-    line: str
-
-
-_LIGHT = _Theme(text="#1f2328", accent="#0969da", line="#9aa4af")
-_DARK = _Theme(text="#e6edf3", accent="#58a6ff", line="#656c76")
-
-
-def _html_figure(draw: Callable[[_Theme], Any], caption: str) -> str:
-    light, dark = (_svg(draw(theme)) for theme in (_LIGHT, _DARK))
-    return (
-        '<figure><div class="scroll"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" alt="{html.escape(caption)}">'
-        f"</picture></div><figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def _svg(figure: Any) -> str:
-    import matplotlib
-
-    file = io.BytesIO()
-    # Text as text is a tenth of the size; the fixed salt makes equal figures equal files.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gluonts-peft"}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _figure(theme: _Theme, rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for axis in axes.flat:
-        axis.patch.set_alpha(0)
-        axis.tick_params(colors=theme.text, labelsize=8)
-        for name, spine in axis.spines.items():
-            spine.set_color(theme.line)
-            spine.set_visible(name in ("left", "bottom"))
-    return figure, axes
-
-
-def _draw_parameters(frame: pd.DataFrame, theme: _Theme) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure, axes = _figure(theme, 1, 1, 8.0, 4.5)
-    axis = axes[0, 0]
-    tuned = frame[frame["trainable parameters"].gt(0) & frame[JUDGE].notna()]
-    x, y = tuned["trainable parameters"].to_numpy(float), tuned[JUDGE].to_numpy(float)
-    axis.set_xscale("log")
-    axis.set_xlim(x.min() / 2.5, x.max() * 4)
-    axis.errorbar(x, y, yerr=tuned[f"{JUDGE} std"].fillna(0.0), fmt="o", color=theme.accent, ecolor=theme.line, ms=5)
-    zero_shot = frame[[str(method).startswith(_ZERO_SHOT) for method in frame.index]]
-    for method, row in zero_shot[zero_shot[JUDGE].notna()].iterrows():
-        axis.axhline(row[JUDGE], color=theme.text, lw=1, ls="--")
-        axis.annotate(
-            str(method), (0.995, row[JUDGE]), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
-            textcoords="offset points", fontsize=8, color=theme.text,
-        )  # fmt: skip
-    axis.set_xlabel("trainable parameters", color=theme.text, fontsize=9)
-    axis.set_ylabel(JUDGE, color=theme.text, fontsize=9)
-    FigureCanvasAgg(figure)
-    _label_points(axis, list(map(str, tuned.index)), x, y, theme)
-    return figure
-
-
-def _label_points(axis: Any, names: list[str], x: Any, y: Any, theme: _Theme) -> None:
-    """Write each name beside its point, where it hides neither a point nor another name, if there is such a place."""
-    figure = axis.figure
-    figure.draw_without_rendering()
-    points = axis.transData.transform(np.column_stack([x, y]))
-    taken: list[Any] = []
-    places = [
-        (dx * reach, dy * reach, side)
-        for reach in (1, 2, 3.5)
-        for dx, dy, side in ((6, 0, "left"), (-6, 0, "right"), (0, 8, "center"), (0, -8, "center"),
-                             (6, 7, "left"), (6, -7, "left"), (-6, 7, "right"), (-6, -7, "right"))
-    ]  # fmt: skip
-    for name, a, b in sorted(zip(names, x, y, strict=True), key=lambda point: point[1]):
-        best: tuple[int, Any] | None = None
-        for dx, dy, side in places:
-            note = axis.annotate(
-                name, (a, b), xytext=(dx, dy), textcoords="offset points", ha=side, va="center", fontsize=8,
-                color=theme.text,
-            )  # fmt: skip
-            box = note.get_window_extent()
-            hidden = sum(box.overlaps(other) for other in taken) + sum(box.padded(2).contains(*p) for p in points)
-            if best is None or hidden < best[0]:
-                if best is not None:
-                    best[1].remove()
-                best = (hidden, note)
-            else:
-                note.remove()
-            if hidden == 0:
-                break
-        if best is not None:
-            taken.append(best[1].get_window_extent())
-
-
-def _shown(rows: list[_Row], folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return example forecasts of zero-shot, the best adapter, LoRA and full tuning, as far as they have run."""
+def _shown(rows: list[Row], folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return example forecasts of zero-shot, the best adapter, LoRA, full tuning and the best network trained from
+    scratch, as far as they have run."""
     from .run import EXAMPLES
 
-    tuned = [row for row in rows if _rank(row.method) >= 2 and row.finished]
-    adapters = sorted((row for row in tuned if _rank(row.method) == 2), key=lambda row: row.numbers()[JUDGE])
-    chosen = [row for row in rows if row.method.startswith(_ZERO_SHOT) and row.finished][:1] + adapters[:1]
-    chosen += [row for row in tuned if row.method in ("lora", "full")]
+    def best(kind: str) -> list[Row]:
+        of_kind = [row for row in rows if row.kind == kind and row.finished]
+        return sorted(of_kind, key=lambda row: row.numbers()[JUDGE])[:1]
+
+    chosen = [*best(ZERO_SHOT), *best(ADAPTER), *(row for row in rows if row.method == "lora" and row.finished)]
     shown = {}
-    for row in chosen:
+    for row in [*chosen, *best(FULL), *best(SCRATCH)]:
         result = row.finished[0]
         path = trial_folder(folder, result.spec) / EXAMPLES
         if path.is_file():
             shown[row.method] = json.loads(path.read_text(encoding="utf-8"))
     return shown
-
-
-def _draw_forecasts(shown: Mapping[str, list[dict[str, Any]]], theme: _Theme) -> Any:
-    count = min(len(examples) for examples in shown.values())
-    figure, axes = _figure(theme, count, len(shown), 2.7, 1.9, sharey="row", sharex=True)
-    for column, (method, examples) in enumerate(shown.items()):
-        for row, example in enumerate(examples[:count]):
-            axis = axes[row, column]
-            hours, unit = _step(example["freq"])
-            history, label = (np.array(example[part], dtype=float) for part in ("history", "label"))
-            low, median, high = (np.array(example["quantiles"][q], dtype=float) for q in ("0.1", "0.5", "0.9"))
-            before, after = np.arange(-len(history), 0) * hours, np.arange(len(label)) * hours
-            axis.fill_between(after, low, high, color=theme.accent, alpha=0.25, lw=0)
-            axis.plot(after, median, color=theme.accent, lw=1.5)
-            axis.plot(before, history, color=theme.line, lw=0.9)
-            axis.plot(after, label, color=theme.text, lw=0.9)
-            axis.axvline(0, color=theme.line, lw=0.8)
-            if row == 0:
-                axis.set_title(method, fontsize=9, color=theme.text)
-            if row == count - 1:
-                axis.set_xlabel(unit, fontsize=8, color=theme.text)
-            if column == 0:
-                axis.set_ylabel(example["item_id"], fontsize=8, color=theme.text)
-                everything = [e["quantiles"][q] for name in shown for e in [shown[name][row]] for q in ("0.1", "0.9")]
-                seen = np.concatenate([history, label])
-                reach = np.concatenate([np.nanpercentile(seen, [3, 97]), *map(np.array, everything)]).astype(float)
-                bottom, top = float(np.nanmin(reach)), float(np.nanmax(reach))
-                margin = 0.08 * (top - bottom) or 1.0
-                axis.set_ylim(bottom - margin, top + margin)
-    return figure
-
-
-def _step(freq: str) -> tuple[float, str]:
-    """Return the length of a step and its unit."""
-    try:
-        offset: Any = pd.tseries.frequencies.to_offset(freq)
-        return float(pd.Timedelta(offset) / pd.Timedelta(hours=1)), "hours"
-    except ValueError:
-        return 1.0, "steps"

@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
 import platform
 import shutil
-import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import pandas as pd
 from gluonts.dataset.common import Dataset
-from gluonts.model.forecast import Forecast
+from gluonts.model.forecast import Forecast, QuantileForecast
 from gluonts.model.predictor import Predictor
 from gluonts.time_feature.seasonality import get_seasonality
+from numpy.typing import NDArray
 
-from ..backtesting import SeasonalNaive, backtest
+from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
 from ..data import DataEntry, read_dataset, split_by_item
 from ..registry import get_estimator
+from ..synthetic import sample_series
 from ..vitals import load_hourly, patient_of, simulate_vitals
 from .spec import BASELINE, DataSpec, TrialResult, TrialSpec, write_atomically
 
-__all__ = ["EXAMPLES", "WINDOWS", "Data", "load_data", "run_trial"]
+if TYPE_CHECKING:
+    from ..predictor import PeftPredictor
+
+__all__ = ["EXAMPLES", "WINDOWS", "Data", "load_data", "run_trial", "windows_file"]
 
 EXAMPLES = "examples.json"
 WINDOWS = "windows.parquet"
@@ -37,6 +46,9 @@ PREDICTOR = "predictor"
 TRAINING = "training"
 
 T = TypeVar("T")
+
+#: Called with the model, and the number of epochs that it was trained; None stands for the model that is kept.
+Evaluate = Callable[[Predictor, int | None], None]
 
 _EXAMPLES = 3
 _LEVELS = (0.1, 0.5, 0.9)
@@ -52,7 +64,18 @@ class Data:
     fingerprint: str
 
 
-def run_trial(spec: TrialSpec, folder: str | Path, *, progress: bool = False) -> TrialResult:
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Ignore what DeepAR of GluonTS warns of at each step."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using a non-tuple sequence for multidimensional indexing", UserWarning)
+        yield
+
+
+@_without_noise()
+def run_trial(
+    spec: TrialSpec, folder: str | Path, *, progress: bool = False, evaluate: Evaluate | None = None
+) -> TrialResult:
     """Tune, store and backtest as a spec says, and leave a result on disk.
 
     A trial that is finished there is read and not run again; one that was interrupted in training goes on from its last
@@ -67,14 +90,17 @@ def run_trial(spec: TrialSpec, folder: str | Path, *, progress: bool = False) ->
         forecasts for plots) and, last of all, ``result.json``.
     progress
         Show a progress bar of the training.
+    evaluate
+        Called between epochs, as ``evaluate(predictor, epochs)``, when the state after these epochs is on disk; and at
+        last with the predictor that is stored, and None. It must not change the model. A trial that goes on after an
+        interruption calls it again for the epoch that it goes on from.
 
     Returns
     -------
     TrialResult
-        Its ``peak_memory_mb`` is, on a GPU, the most memory that torch had allocated since the start of the trial. On a
-        CPU it is the highest resident memory of the whole process since the start of the trial on Linux, and since the
-        start of the process elsewhere; Python, its libraries and what earlier trials have left are a part of it.
-        Baselines have none.
+        Its ``peak_memory_mb`` is, on a GPU, the most memory that torch had allocated in the trial. On a CPU it is how
+        far the resident memory of the process rose in the trial above what it was at the start, when libraries and data
+        were loaded and free memory had been given back; Linux tells that, elsewhere it is None, as for naive baselines.
 
     Raises
     ------
@@ -91,34 +117,46 @@ def run_trial(spec: TrialSpec, folder: str | Path, *, progress: bool = False) ->
         return earlier
     started = time.perf_counter()
     device = _device(spec)
-    _reset_peak(device)
     data = load_data(spec.data)
+    _warm_up()
+    start_mb = _reset_peak(device)
     found: dict[str, Any] = {}
-    if spec.family == BASELINE:
-        predictor = _baseline(spec, data)
+    naive = spec.family == BASELINE and not spec.trains
+    if naive:
+        predictor = _naive(spec, data)
+    elif spec.family == BASELINE:
+        predictor, found = _train(spec, data, folder, progress)
     else:
-        predictor, found = _tune(spec, data, folder, progress)
+        predictor, found = _tune(spec, data, folder, progress, evaluate)
+    if evaluate is not None:
+        evaluate(predictor, None)
     remembered = _Remembered(predictor)
-    test = _visible(data.test, spec)
-    with _counted_not_logged():
-        scores = backtest(remembered, test, windows=spec.data.windows)
-        windows = backtest(remembered, test, windows=spec.data.windows, per_window=True)
-    windows = windows.reset_index()
-    windows["forecast_start"] = windows["forecast_start"].astype(str)
+    test = _visible(data.test, spec, spec.data)
+    scores, windows = _score(remembered, test, spec.data)
     folder.mkdir(parents=True, exist_ok=True)
     windows.to_parquet(folder / WINDOWS, index=False)
-    write_atomically(folder / EXAMPLES, json.dumps(_examples(remembered.forecasts, test)))
+    examples = _examples(remembered.forecasts, test, windows["MAE[0.5]"].to_numpy())
+    write_atomically(folder / EXAMPLES, json.dumps(examples))
+    elsewhere: dict[str, float | None] = {}
+    for name, other in spec.also.items():
+        further = _Remembered(predictor)
+        found_there, each = _score(further, _visible(load_data(other).test, spec, other), other)
+        each.to_parquet(folder / windows_file(name), index=False)
+        elsewhere |= {f"{name}/{metric}": _finite(value) for metric, value in found_there.iloc[0].items()}
     skipped = {f"skipped_{reason}": count for reason, count in scores.attrs["skipped"].items()}
     skipped["skipped_nothing_seen"] = len(data.test) - len(test)
     result = TrialResult(
         spec=spec,
         status="finished",
-        scores={str(name): _finite(value) for name, value in scores.iloc[0].items()},
-        counts={**{name: scores.attrs[name] for name in ("series", "windows", "unscaled_windows")}, **skipped},
+        scores={**{str(name): _finite(value) for name, value in scores.iloc[0].items()}, **elsewhere},
+        counts={
+            **{name: scores.attrs[name] for name in ("series", "windows", "unscaled_windows")},
+            "train_series": len(data.train),
+            **skipped,
+        },
         seconds_forecast=remembered.seconds,
         seconds_total=time.perf_counter() - started,
-        # A baseline needs next to nothing; the process may still hold what an earlier trial took.
-        peak_memory_mb=None if spec.family == BASELINE else _peak_mb(device),
+        peak_memory_mb=None if naive or start_mb is None else _peak_mb(device) - start_mb,
         device=device,
         data_fingerprint=data.fingerprint,
         versions=_versions(spec),
@@ -150,6 +188,8 @@ def _load(text: str) -> Data:
         entries = simulate_vitals(_set(spec.patients), _set(spec.hours), seed=_set(spec.seed), vitals=vitals)
     elif spec.source == "hourly":
         entries = load_hourly(_set(spec.path), min_hours=_set(spec.min_hours), vitals=vitals)
+    elif spec.source == "synthetic":
+        entries = _synthetic(_set(spec.series), _set(spec.steps), _set(spec.seed))
     else:
         entries = read_dataset(_set(spec.path), freq=spec.freq)
         if spec.vital is not None:
@@ -160,7 +200,55 @@ def _load(text: str) -> Data:
                 )
     key = patient_of if spec.group == "patient" else None
     train, validation, test = split_by_item(entries, fractions=spec.fractions, seed=spec.split_seed, key=key)
+    train = _limited(train, spec)
     return Data(train, validation, test, _fingerprint(train, validation, test))
+
+
+def _synthetic(series: int, steps: int, seed: int) -> list[DataEntry]:
+    values = sample_series(np.random.default_rng(seed), series, steps)
+    start = pd.Period("2000-01-01 00:00", freq="h")
+    # What is missing everywhere is no series.
+    return [
+        {"start": start, "target": target, "item_id": f"synthetic-{number}"}
+        for number, target in enumerate(values)
+        if np.isfinite(target).any()
+    ]
+
+
+def _limited(train: list[DataEntry], spec: DataSpec) -> list[DataEntry]:
+    """Leave out what a spec does not want to train on."""
+    if spec.train_series is not None:
+        if spec.train_series > len(train):
+            raise ValueError(
+                f"train_series {spec.train_series} is more than the {len(train)} training series that there are"
+            )
+        # One order for all numbers, so that fewer are a part of more.
+        order = np.random.default_rng(spec.split_seed).permutation(len(train))
+        train = [train[position] for position in sorted(order[: spec.train_series])]
+    if spec.train_steps is not None:
+        shortened = []
+        for entry in train:
+            target = entry["target"]
+            gone = max(0, target.shape[-1] - spec.train_steps)
+            if np.isfinite(target[..., gone:]).any():
+                shortened.append({**entry, "target": target[..., gone:], "start": entry["start"] + gone})
+        train = shortened
+    return train
+
+
+def windows_file(name: str = "") -> str:
+    """Return the name of the file with the scores of each window, of the trial's own data or of further ones."""
+    return f"windows-{hashlib.sha256(name.encode()).hexdigest()[:8]}.parquet" if name else WINDOWS
+
+
+def _score(predictor: Predictor, test: list[DataEntry], data: DataSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the scores over all windows, one row, and those of each window."""
+    with _counted_not_logged():
+        scores = backtest(predictor, test, windows=data.windows)
+        windows = backtest(predictor, test, windows=data.windows, per_window=True)
+    windows = windows.reset_index()
+    windows["forecast_start"] = windows["forecast_start"].astype(str)
+    return scores, windows
 
 
 def _set(value: T | None) -> T:
@@ -181,13 +269,13 @@ def _fingerprint(*parts: list[DataEntry]) -> str:
     return digest.hexdigest()
 
 
-def _visible(test: list[DataEntry], spec: TrialSpec) -> list[DataEntry]:
+def _visible(test: list[DataEntry], spec: TrialSpec, data: DataSpec) -> list[DataEntry]:
     """Leave out series with a window before which the model would see no value: it could not forecast that."""
     steps, context = spec.prediction_length, spec.context_length
     kept = []
     for entry in test:
         observed = np.isfinite(entry["target"])
-        starts = [len(observed) - (window + 1) * steps for window in range(spec.data.windows)]
+        starts = [len(observed) - (window + 1) * steps for window in range(data.windows)]
         # Series without any value before their first window are left to the backtest, which counts them apart.
         scored = starts[-1] > 0 and observed[: starts[-1]].any()
         if not scored or all(
@@ -204,12 +292,48 @@ def _visible(test: list[DataEntry], spec: TrialSpec) -> list[DataEntry]:
     return kept
 
 
-def _baseline(spec: TrialSpec, data: Data) -> Predictor:
+def _naive(spec: TrialSpec, data: Data) -> Predictor:
     steps = get_seasonality(data.test[0]["start"].freqstr) if spec.checkpoint == "seasonal_naive" else 1
     return SeasonalNaive(spec.prediction_length, season_length=steps)
 
 
-def _tune(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[Predictor, dict[str, Any]]:
+def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[Predictor, dict[str, Any]]:
+    """Return a baseline trained from scratch and what the result says about it; it is not stored."""
+    from .baselines import LEARNING_RATE, BaselineEstimator
+
+    training = spec.training.model_dump()
+    estimator = BaselineEstimator(
+        prediction_length=spec.prediction_length,
+        context_length=spec.context_length,
+        checkpoint=spec.checkpoint,
+        adapter="full",
+        backbone_options={"freq": data.train[0]["start"].freqstr, **spec.backbone_options},
+        **{**training, "learning_rate": training["learning_rate"] or LEARNING_RATE},
+        seed=spec.seed,
+        gate="keep",
+        folder=str(folder / TRAINING),
+        progress=progress,
+    )
+    predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
+    return predictor, _training_facts(predictor)
+
+
+def _training_facts(predictor: PeftPredictor) -> dict[str, Any]:
+    fit = predictor.fit
+    assert fit is not None
+    assert predictor.backbone.adapter is not None
+    return {
+        "trainable_parameters": predictor.backbone.adapter.num_parameters(),
+        "epochs": fit.epochs,
+        "steps": fit.steps,
+        "learning_rate": fit.learning_rate,
+        "seconds": fit.seconds,
+    }
+
+
+def _tune(
+    spec: TrialSpec, data: Data, folder: Path, progress: bool, evaluate: Evaluate | None
+) -> tuple[Predictor, dict[str, Any]]:
     """Return the trained predictor and what the result says about it."""
     estimator = get_estimator(spec.family)(
         prediction_length=spec.prediction_length,
@@ -222,30 +346,71 @@ def _tune(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[Pr
         gate="keep",
         folder=str(folder / TRAINING),
         progress=progress,
+        trainer_kwargs=None if evaluate is None else {"callbacks": [_evaluation(evaluate, spec)]},
     )
     predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
     # An attempt that ended after this point has left a predictor and no result.
     shutil.rmtree(folder / PREDICTOR, ignore_errors=True)
     predictor.serialize(folder / PREDICTOR)
-    fit, gate = predictor.fit, predictor.fit.gate
+    gate = predictor.fit.gate
     verdict = {
         "zero_shot": _finite(gate.zero_shot),
         "tuned": _finite(gate.tuned),
         "windows": gate.windows,
         "passed": bool(gate.passed),
     }
-    parameters = predictor.backbone.adapter.num_parameters()
-    return predictor, {
+    facts = _training_facts(predictor)
+    facts |= {
         # Zero-shot has nothing to pass.
-        "gate": verdict if parameters else None,
-        "trainable_parameters": parameters,
-        "epochs": fit.epochs,
-        "steps": fit.steps,
-        "learning_rate": fit.learning_rate,
-        "seconds": fit.seconds,
+        "gate": verdict if facts["trainable_parameters"] else None,
         "adapter": PREDICTOR,
         "base": asdict(predictor.backbone.source),
     }
+    if spec.ensemble is None:
+        return predictor, facts
+    from ..predictor import PeftPredictor
+
+    zero_shot = PeftPredictor(estimator.load_backbone(), seed=spec.seed, device=spec.training.device)
+    return _Ensemble(predictor, zero_shot, spec.ensemble), facts
+
+
+class _Ensemble(Predictor):  # type: ignore[misc]
+    """The weighted mean of two predictors, quantile by quantile."""
+
+    def __init__(self, tuned: Predictor, zero_shot: Predictor, weight: float) -> None:
+        super().__init__(prediction_length=tuned.prediction_length)
+        self.tuned, self.zero_shot, self.weight = tuned, zero_shot, weight
+
+    def predict(self, dataset: Dataset, **options: Any) -> Iterator[Forecast]:
+        pairs = zip(self.tuned.predict(dataset, **options), self.zero_shot.predict(dataset, **options), strict=True)
+        for tuned, zero_shot in pairs:
+            values = [
+                self.weight * tuned.quantile(level) + (1 - self.weight) * zero_shot.quantile(level)
+                for level in QUANTILE_LEVELS
+            ]
+            yield QuantileForecast(
+                np.stack(values),
+                forecast_keys=[str(level) for level in QUANTILE_LEVELS],
+                start_date=tuned.start_date,
+                item_id=tuned.item_id,
+                info=tuned.info,
+            )
+
+
+def _evaluation(evaluate: Evaluate, spec: TrialSpec) -> Any:
+    """Return a callback of Lightning that evaluates the model between two epochs."""
+    from lightning.pytorch.callbacks import Callback
+
+    from ..predictor import PeftPredictor
+
+    class Evaluation(Callback):  # type: ignore[misc]
+        # Not at the end of an epoch, where its checkpoint may not be written yet.
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch > 0:
+                predictor = PeftPredictor(pl_module.backbone, seed=spec.seed, device=spec.training.device)
+                evaluate(predictor, trainer.current_epoch)
+
+    return Evaluation()
 
 
 class _Remembered(Predictor):  # type: ignore[misc]
@@ -277,19 +442,26 @@ def _counted_not_logged() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _examples(forecasts: list[Forecast], test: list[DataEntry]) -> list[dict[str, Any]]:
-    """Return a few forecasts with their surroundings; which windows they are depends on the data alone."""
+def _examples(forecasts: list[Forecast], test: list[DataEntry], errors: NDArray[Any]) -> list[dict[str, Any]]:
+    """Return a few forecasts with their surroundings: some evenly spaced, which depend on the data alone, and those
+    with the smallest and the largest errors."""
     entries = {str(entry["item_id"]): entry for entry in test}
     count = min(_EXAMPLES, len(forecasts))
+    by_error = np.argsort(errors, kind="stable")
+    chosen = [("spaced", int((number + 0.5) * len(forecasts) / count)) for number in range(count)]
+    chosen += [("best", int(number)) for number in by_error[:count]]
+    chosen += [("worst", int(number)) for number in by_error[::-1][:count]]
     examples = []
-    for number in range(count):
-        forecast = forecasts[int((number + 0.5) * len(forecasts) / count)]
+    for kind, number in chosen:
+        forecast = forecasts[number]
         entry = entries[str(forecast.item_id)]
         start, steps = entry["start"], forecast.prediction_length
         at = (forecast.start_date - start).n // start.freq.n
         target = entry["target"]
         examples.append(
             {
+                "kind": kind,
+                "MAE": _finite(errors[number]),
                 "item_id": str(forecast.item_id),
                 "start": str(forecast.start_date),
                 "freq": start.freqstr,
@@ -309,43 +481,60 @@ def _versions(spec: TrialSpec) -> dict[str, str]:
     from ..adapters.base import versions
     from ..registry import families
 
+    if spec.family == BASELINE and spec.checkpoint in ("nbeats", "nhits"):
+        plugin = {"neuralforecast": importlib.metadata.version("neuralforecast")}
+        return {**versions(), **plugin, "python": platform.python_version()}
     plugin = {entry.distribution: entry.version for entry in families.describe() if entry.name == spec.family}
     return {**versions(), **plugin, "python": platform.python_version()}
 
 
 def _device(spec: TrialSpec) -> str:
-    if spec.family == BASELINE:
+    if spec.family == BASELINE and not spec.trains:
         return "cpu"
     from ..training import resolve_device
 
     return str(resolve_device(spec.training.device))
 
 
-def _reset_peak(device: str) -> None:
+@lru_cache(maxsize=1)
+def _warm_up() -> None:
+    """Load and compile what a process does once, so that no trial seems to need it."""
+    import lightning.pytorch  # noqa: F401
+    import peft  # noqa: F401
+
+    from ..training import fit  # noqa: F401
+
+    start = pd.Period("2000-01-01 00:00", freq="h")
+    with _counted_not_logged():
+        backtest(SeasonalNaive(1), [{"start": start, "target": np.ones(3, np.float32), "item_id": "0"}])
+
+
+def _reset_peak(device: str) -> float | None:
+    """Start measuring, and return the memory in use in MB, or None where it cannot be measured."""
     if device.startswith("cuda"):
         import torch
 
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            # Some containers forbid it; then the peak is that of the process.
-            return
+        return 0.0
+    try:
+        # What earlier trials freed, and the allocator kept, would hide what this one takes.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_mb("VmRSS")
+    except (OSError, AttributeError, TypeError):
+        # Not Linux, another C library, or a container that forbids it.
+        return None
 
 
-def _peak_mb(device: str) -> float | None:
+def _peak_mb(device: str) -> float:
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+        return float(torch.cuda.max_memory_allocated(device)) / 1e6
+    return _status_mb("VmHWM")
+
+
+def _status_mb(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:"))

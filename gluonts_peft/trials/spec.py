@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,9 @@ from ..registry import Registry, adapters, families, unknown
 
 __all__ = [
     "BASELINE",
+    "FROM_SCRATCH",
+    "NAIVE",
+    "TRAINED",
     "DataSpec",
     "SpecError",
     "StudySpec",
@@ -34,14 +37,33 @@ __all__ = [
 BASELINE = "baseline"
 RESULT = "result.json"
 
-Baseline = Literal["seasonal_naive", "last_value"]
-Source = Literal["simulated", "hourly", "file"]
+Naive = Literal["seasonal_naive", "last_value"]
+Trained = Literal["deepar", "patch_tst", "simple_feedforward", "tft", "nbeats", "nhits"]
+Baseline = Literal[Naive, Trained]
+Source = Literal["simulated", "hourly", "file", "synthetic"]
+
+NAIVE: tuple[str, ...] = get_args(Naive)
+TRAINED: tuple[str, ...] = get_args(Trained)
+
+#: How a study trains its baselines unless it says otherwise: random weights need more steps than an adapter.
+FROM_SCRATCH: dict[str, Any] = {"max_epochs": 40}
+# What decides which windows are seen is the same for baselines and adapters.
+_SHARED_TRAINING = (
+    "batch_size",
+    "min_context",
+    "validation_windows",
+    "max_validation_windows",
+    "device",
+    "precision",
+)
 
 _OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "simulated": {"patients": 200, "hours": 48, "seed": 0},
     "hourly": {"min_hours": 48},
     "file": {"freq": None},
+    "synthetic": {"series": 100, "steps": 200, "seed": 0},
 }
+_READ = ("hourly", "file")
 
 
 class SpecError(ValueError):
@@ -96,11 +118,15 @@ class DataSpec(_Spec):
     ----------
     source
         ``"simulated"`` (:func:`gluonts_peft.vitals.simulate_vitals`: no patient ever had these values), ``"hourly"``
-        (:func:`gluonts_peft.vitals.load_hourly`) or ``"file"`` (:func:`gluonts_peft.data.read_dataset`).
+        (:func:`gluonts_peft.vitals.load_hourly`), ``"file"`` (:func:`gluonts_peft.data.read_dataset`) or
+        ``"synthetic"`` (:func:`gluonts_peft.synthetic.sample_series`, taken as hourly: the recipe that bundled
+        checkpoints were pretrained on).
     path
         File or folder, for the sources that read one.
     patients, hours, seed
         Of the simulator; 200, 48 and 0 if not given.
+    series, steps, seed
+        Of synthetic data; 100, 200 and 0 if not given.
     min_hours
         Of the hourly table: shorter stays are left out; 48 if not given.
     freq
@@ -117,12 +143,19 @@ class DataSpec(_Spec):
         Seed of the division.
     windows
         Test windows a series, the last ones, each a horizon apart.
+    train_series
+        Train on so many series only, drawn by ``split_seed``; fewer are a part of more. None means all. A trial that
+        trains nothing has None.
+    train_steps
+        Train on the last so many steps of each series only. None means all, as above.
     """
 
     source: Source = "simulated"
     path: str | None = None
     patients: int | None = Field(default=None, gt=0)
     hours: int | None = Field(default=None, gt=0)
+    series: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
     seed: int | None = Field(default=None, ge=0)
     min_hours: int | None = Field(default=None, gt=0)
     freq: str | None = None
@@ -131,22 +164,29 @@ class DataSpec(_Spec):
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     split_seed: int = Field(default=0, ge=0)
     windows: int = Field(default=3, gt=0)
+    train_series: int | None = Field(default=None, gt=0)
+    train_steps: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _normal(self) -> DataSpec:
+        own = _OWN_OPTIONS[self.source]
         for source, options in _OWN_OPTIONS.items():
-            for name, default in options.items():
+            for name in options:
                 value = getattr(self, name)
-                if source == self.source and value is None:
-                    self._set(name, default)
-                elif source != self.source and value is not None:
+                if name in own and value is None:
+                    self._set(name, own[name])
+                elif name not in own and value is not None:
                     raise ValueError(f"{name} {value!r} belongs to source {source!r}, not to {self.source!r}; drop it")
-        if self.source == "simulated" and self.path is not None:
-            raise ValueError(f"path {self.path!r} has no use for source 'simulated'; name source 'hourly' or 'file'")
-        if self.source != "simulated" and not self.path:
+        if self.source not in _READ and self.path is not None:
+            raise ValueError(
+                f"path {self.path!r} has no use for source {self.source!r}; name source 'hourly' or 'file'"
+            )
+        if self.source in _READ and not self.path:
             raise ValueError(f"source {self.source!r} needs a path; name the file as data.path")
+        if self.source == "synthetic" and self.vital is not None:
+            raise ValueError(f"vital {self.vital!r} is of no use: source 'synthetic' has no vital signs; drop it")
         if self.group is None:
-            self._set("group", "item" if self.source == "file" else "patient")
+            self._set("group", "patient" if self.source in ("simulated", "hourly") else "item")
         train, validation, test = self.fractions
         if min(train, test) <= 0 or validation < 0 or abs(sum(self.fractions) - 1) > 1e-6:
             raise ValueError(
@@ -180,7 +220,8 @@ class TrialSpec(_Spec):
     Parameters
     ----------
     family
-        Model family, or ``"baseline"``: then ``checkpoint`` is ``"seasonal_naive"`` or ``"last_value"``.
+        Model family, or ``"baseline"``: then ``checkpoint`` is one of :data:`NAIVE` or of :data:`TRAINED`, networks
+        that are trained from scratch (:mod:`gluonts_peft.trials.baselines`) and need a ``context_length``.
     checkpoint
         Bundled name, local folder or hub id with an optional ``@revision``.
     adapter
@@ -189,13 +230,20 @@ class TrialSpec(_Spec):
         Steps to forecast, and steps of history that the model sees at most. Test series in which it would see no value
         before a window are left out and counted, for baselines too, so that all are scored on the same windows.
     backbone_options
-        Options of the family.
+        Options of the family; of a baseline that is trained, those of its network.
     training
-        How to train. Reset to the defaults where nothing trains.
+        How to train. Reset to the defaults where nothing trains. A baseline's own ``learning_rate`` is 1e-3.
     data
         Which series.
     seed
-        Decides initialisation, training windows, dropout and sample paths. Baselines have seed 0.
+        Decides initialisation, training windows, dropout and sample paths. Naive baselines have seed 0.
+    ensemble
+        Weight of the tuned model in an average with zero-shot, quantile by quantile: what is scored is
+        ``ensemble * tuned + (1 - ensemble) * zero-shot``. None scores the tuned model alone. Reset where nothing is
+        tuned.
+    also
+        Name -> further data on whose test windows the same predictor is scored, without training on them: whether
+        tuning makes it forget. Their scores are called ``"<name>/<metric>"``.
 
     Raises
     ------
@@ -212,23 +260,44 @@ class TrialSpec(_Spec):
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     data: DataSpec = Field(default_factory=DataSpec)
     seed: int = Field(default=0, ge=0)
+    ensemble: float | None = Field(default=None, gt=0, lt=1)
+    also: dict[str, DataSpec] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _normal(self) -> TrialSpec:
+        trained = self.family == BASELINE and self.checkpoint in TRAINED
         if self.family == BASELINE:
-            if self.checkpoint not in get_args(Baseline):
-                raise ValueError(unknown("baseline", self.checkpoint, get_args(Baseline)))
+            if self.checkpoint not in NAIVE + TRAINED:
+                raise ValueError(unknown("baseline", self.checkpoint, NAIVE + TRAINED))
             if self.adapter != "none":
                 raise ValueError(f"adapter {self.adapter!r} cannot tune a baseline; write adapter 'none'")
-            self._set("backbone_options", {})
-            self._set("seed", 0)
+            if trained and self.context_length is None:
+                raise ValueError(f"baseline {self.checkpoint!r} has no context_length of its own; name one")
         else:
             _check_known(families, self.family, BASELINE)
+        if self.family == BASELINE and not trained:
+            self._set("backbone_options", {})
+            self._set("seed", 0)
+            self._set("training", TrainingSpec())
         self._set("adapter", _normal_adapter(self.adapter))
         if self.adapter == "none":
+            self._set("ensemble", None)
+        if self.adapter == "none" and self.family != BASELINE:
             kept = {name: getattr(self.training, name) for name in ("device", "precision")}
-            self._set("training", TrainingSpec() if self.family == BASELINE else TrainingSpec(**kept))
+            self._set("training", TrainingSpec(**kept))
+        for name in self.also:
+            if not name or "/" in name:
+                raise ValueError(f"also: name {name!r} must be there and hold no '/'")
+        untrained = {"train_series": None, "train_steps": None}
+        self._set("also", {name: data.model_copy(update=untrained) for name, data in self.also.items()})
+        if not self.trains:
+            self._set("data", self.data.model_copy(update=untrained))
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.adapter != "none" or (self.family == BASELINE and self.checkpoint in TRAINED)
 
     def hash(self) -> str:
         """Return the SHA-256 of the normal form, in hexadecimal."""
@@ -238,9 +307,14 @@ class TrialSpec(_Spec):
     def name(self) -> str:
         """Return a short name for people; it need not be unique."""
         parts = [self.data.vital] if self.data.vital else []
-        if self.family == BASELINE:
+        if self.checkpoint in NAIVE and self.family == BASELINE:
             return " ".join([self.checkpoint, *parts])
-        return " ".join([self.checkpoint, describe_adapter(self.adapter), *parts, f"seed {self.seed}"])
+        if self.family == BASELINE:
+            return " ".join([self.checkpoint, *parts, f"seed {self.seed}"])
+        adapter = describe_adapter(self.adapter)
+        if self.ensemble is not None:
+            adapter += f" with weight {self.ensemble:g}"
+        return " ".join([self.checkpoint, adapter, *parts, f"seed {self.seed}"])
 
 
 class TrialResult(_Spec):
@@ -255,14 +329,14 @@ class TrialResult(_Spec):
     scores
         Metric to value over all test windows, as :func:`gluonts_peft.backtest` names them; of the tuned model, whatever
         the gate says. The trial with adapter ``"none"`` holds the zero-shot scores on the same windows. None where a
-        score is not finite.
+        score is not finite. Of data in ``TrialSpec.also`` under ``"<name>/<metric>"``.
     counts
-        Series and windows that were scored, and how many were skipped for which reason.
+        Series and windows that were scored, how many were skipped for which reason, and series to train on.
     gate
         Validation losses ``zero_shot`` and ``tuned``, the number of ``windows``, whether tuning ``passed``; None where
         nothing trains.
     trainable_parameters, epochs, steps, learning_rate
-        Of the training; None for baselines.
+        Of the training; None for naive baselines.
     seconds, seconds_forecast, seconds_total
         Of training with its validations, of forecasting the test windows, and of the trial with loading.
     peak_memory_mb
@@ -270,7 +344,7 @@ class TrialResult(_Spec):
     device
         Where the model ran.
     adapter
-        Folder of the predictor, relative to that of the trial.
+        Folder of the predictor, relative to that of the trial; baselines are not stored.
     base
         Source and fingerprint of the pretrained weights.
     data_fingerprint
@@ -333,7 +407,10 @@ class StudySpec(_Spec):
     grid
         Dotted path into the trial -> values; every combination is a trial.
     baselines
-        ``"seasonal_naive"`` and ``"last_value"``: run once on each combination of data and horizon.
+        Of :data:`NAIVE`: run once on each combination of data and horizon; of :data:`TRAINED`: once for each seed.
+    baseline_training
+        Options of :class:`TrainingSpec` for the trained baselines, beside :data:`FROM_SCRATCH`. Batch size, validation
+        windows and device are those of the trials.
 
     Raises
     ------
@@ -345,6 +422,7 @@ class StudySpec(_Spec):
     base: dict[str, Any]
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     baselines: tuple[Baseline, ...] = ()
+    baseline_training: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
@@ -352,7 +430,12 @@ class StudySpec(_Spec):
             f"grid path {path!r} has no values; name at least one" for path, each in self.grid.items() if not each
         ]
         if not faults:
-            for form in self.forms():
+            try:
+                TrainingSpec(**self.baseline_training)
+            except SpecError as error:
+                faults = [f"baseline_training: {fault}" for fault in error.faults]
+        if not faults:
+            for form in (*self.forms(), *self.baseline_forms()):
                 try:
                     TrialSpec(**form)
                 except SpecError as error:
@@ -360,6 +443,22 @@ class StudySpec(_Spec):
         if faults:
             raise SpecError("study", faults)
         return self
+
+    def baseline_forms(self) -> Iterator[dict[str, Any]]:
+        """Return the baselines of every combination of the grid's values; equal ones more than once."""
+        # Naive baselines have no context of their own, but it decides which windows are scored.
+        shared = ("prediction_length", "context_length", "data", "seed", "also")
+        for name in self.baselines:
+            for form in self.forms():
+                training = form.get("training", {})
+                kept = {key: training[key] for key in _SHARED_TRAINING if key in training}
+                yield {
+                    "family": BASELINE,
+                    "checkpoint": name,
+                    "adapter": "none",
+                    **{key: form[key] for key in shared if key in form},
+                    "training": {**kept, **FROM_SCRATCH, **self.baseline_training},
+                }
 
     def forms(self) -> Iterator[dict[str, Any]]:
         """Return the base with each combination of the grid's values in it, the last path varying fastest."""
@@ -375,9 +474,10 @@ def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     path
         The file.
     overrides
-        Dotted paths and values that replace those of the file: ``title`` and ``baselines`` of the study; any other path
-        is one of the trial, as ``"training.max_epochs"``. A path that the grid varies gets these values instead, a list
-        of them or a single one. With another ``data.source`` the options of the file's own source are dropped.
+        Dotted paths and values that replace those of the file: ``title``, ``baselines`` and ``baseline_training`` of
+        the study; any other path is one of the trial, as ``"training.max_epochs"``. A path that the grid varies gets
+        these values instead, a list of them or a single one. With another ``data.source`` the options of the file's own
+        source are dropped.
 
     Raises
     ------
@@ -398,8 +498,10 @@ def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     grid = dict(form.get("grid") or {})
     changes = {}
     for name, value in (overrides or {}).items():
-        if name in ("title", "baselines"):
+        if name in ("title", "baselines", "baseline_training"):
             form[name] = value
+        elif name.startswith("baseline_training."):
+            form["baseline_training"] = {**(form.get("baseline_training") or {}), name.partition(".")[2]: value}
         elif name in grid:
             grid[name] = list(value) if isinstance(value, list | tuple) else [value]
         else:
@@ -510,7 +612,10 @@ def _faults(model: type[BaseModel], error: ValidationError) -> list[str]:
 
 def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
     for part in location:
-        inner = model.model_fields[part].annotation
+        # Names of a mapping lead to what its values are.
+        inner = model.model_fields[part].annotation if part in model.model_fields else model
+        if get_origin(inner) is dict:
+            inner = get_args(inner)[1]
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
         model = inner

@@ -11,7 +11,17 @@ from typing import Any
 
 import pytest
 
-from gluonts_peft.trials import StudySpec, TrialResult, expand, grid, load_results, run_study
+from gluonts_peft.trials import (
+    StudySpec,
+    TrialResult,
+    estimate,
+    expand,
+    grid,
+    load_results,
+    load_study,
+    run_study,
+    write_report,
+)
 
 TRAINING = {"max_epochs": 1, "num_batches_per_epoch": 2, "batch_size": 4, "device": "cpu"}
 BASE = {
@@ -182,6 +192,33 @@ def test_a_folder_with_other_things_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_an_estimate_is_measured_or_taken_from_what_has_run(tmp_path: Path) -> None:
+    cells = study(adapter=["none", "lora", "bitfit"], seed=[0, 1])
+    out = tmp_path / "out"
+    before = estimate(cells, out)
+    assert not out.exists()
+    assert [state for _, state in before.cells] == ["to run"] * 7
+    assert before.seconds > 0
+    assert before.sources == [
+        "last_value hr measured with 0 steps",
+        "bolt-nano none hr seed 0 measured with 0 steps",
+        "bolt-nano lora hr seed 0 measured with 2 steps",
+    ]
+    run_study(cells, out, progress=False)
+    (out / "trials" / expand(cells)[-1].hash() / "result.json").unlink()
+    files = sorted(out.rglob("*"))
+    after = estimate(cells, out)
+    assert sorted(out.rglob("*")) == files
+    assert [state for _, state in after.cells] == ["finished"] * 6 + ["to run"]
+    assert after.sources == ["1 from 6 finished trials in the folder"]
+    alike = TrialResult.read(out / "trials" / expand(cells)[-2].hash())
+    assert alike is not None
+    assert alike.seconds_total is not None
+    assert 0 < after.seconds < 10 * alike.seconds_total
+    with pytest.raises(ValueError, match="holds another study"):
+        estimate(study(adapter=["dora"]), out)
+
+
 def test_no_jobs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^jobs 0 is not positive; name the number of trials at a time$"):
         run_study(study(adapter=["none"]), tmp_path / "out", jobs=0)
@@ -207,3 +244,34 @@ def test_ray_and_torch_stay_out_of_what_needs_neither() -> None:
         "assert not {'ray', 'torch', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+READY = sorted((Path(__file__).parents[2] / "examples" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_ready_studies_run(path: Path, tmp_path: Path) -> None:
+    """Each with next to no training, few patients and one seed; of long grids the ends and the middle."""
+    tiny = {
+        "prediction_length": 6, "context_length": 24, "seed": [0], "data.patients": 20, "data.hours": 8,
+        "data.windows": 1, "training.max_epochs": 1, "training.num_batches_per_epoch": 1, "training.batch_size": 4,
+        "training.device": "cpu", "baselines": ["last_value", "simple_feedforward"], "baseline_training.max_epochs": 1,
+        "baseline_training.num_batches_per_epoch": 1,
+    }  # fmt: skip
+    grid = load_study(path).grid
+    adapters = grid["adapter"]
+    tiny["adapter"] = [adapters[number] for number in sorted({0, 1, len(adapters) // 2, len(adapters) - 1})]
+    if "data.vital" in grid:
+        tiny["data.vital"] = ["hr"]
+    if "data.train_series" in grid:
+        tiny |= {"data.train_series": [4, None], "data.train_steps": [40]}
+    if "ensemble" in grid:
+        tiny["ensemble"] = [None, 0.5]
+    if "also" in load_study(path).base:
+        tiny |= {"also.pressure.patients": 20, "also.pressure.hours": 8, "also.synthetic.series": 20}
+    out = tmp_path / "out"
+    results = run_study(load_study(path, tiny), out, progress=False)
+    assert [result.error for result in results if result.status != "finished"] == []
+    assert len(results) >= 5
+    text = write_report(out).read_text(encoding="utf-8")
+    assert f"{len(results)} of {len(results)} trials have finished" in text

@@ -25,6 +25,8 @@ from gluonts_peft.trials import (
     table,
     write_report,
 )
+from gluonts_peft.trials.sections import curves_of
+from gluonts_peft.trials.tables import rows_of
 
 BASE = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6, "context_length": 24}
 SMALL = {"max_epochs": 1, "num_batches_per_epoch": 2, "batch_size": 4, "device": "cpu"}
@@ -128,6 +130,73 @@ def test_checkpoints_are_compared_with_their_own_zero_shot() -> None:
     assert frame.loc[("hr", "lora, checkpoint=x"), "verdict"] == "worse"
 
 
+def test_networks_trained_from_scratch_come_last_and_are_paired_by_seed() -> None:
+    changes = {"family": "baseline", "checkpoint": "nhits"}
+    scratch = [finished("none", mae, seed, **changes) for seed, mae in enumerate([4.5, 5.5, 6.5])]
+    zero_shot = [finished("none", mae, seed) for seed, mae in enumerate([5.0, 6.0, 7.0])]
+    frame = table([*scratch, *zero_shot, finished("full", 4.0), baseline(7.0)])
+    assert list(frame.loc["hr"].index) == ["last value", "zero-shot", "full", "N-HiTS"]
+    assert list(frame["kind"]) == ["naive baseline", "zero-shot", "full tuning", "trained from scratch"]
+    assert frame.loc[("hr", "N-HiTS"), "verdict"] == "better"
+    assert frame.loc[("hr", "N-HiTS"), "change %"] == pytest.approx(-100 * 0.5 / 6.0)
+
+
+def test_a_point_has_no_interval() -> None:
+    point = finished("lora", 4.0).model_copy(update={"scores": {"coverage[0.1]": 0.4, "coverage[0.9]": 0.4}})
+    assert math.isnan(table([point]).loc[("hr", "lora"), "coverage 80 %"])
+
+
+def test_limits_of_training_data_and_weights_belong_to_the_method() -> None:
+    results = [
+        finished("none", 5.0),
+        finished("lora", 4.8, data={"vital": "hr", "train_series": 8}),
+        finished("lora", 4.6, data={"vital": "hr"}),
+        finished("lora", 4.5, ensemble=0.5),
+        finished("full", 4.4, data={"vital": "hr", "train_series": 8}),
+        finished("full", 4.2, data={"vital": "hr"}),
+    ]
+    rows = {row.method: row for row in rows_of(results, [])}
+    full, few = "full, train_series=all", "full, train_series=8"
+    assert list(rows) == [
+        "zero-shot",
+        "lora, train_series=8",
+        "lora, train_series=all",
+        "lora, train_series=all, ensemble=0.5",
+        few,
+        full,
+    ]
+    assert all(row.references["zero-shot"] == "zero-shot" for name, row in rows.items() if name != "zero-shot")
+    # Each is compared with full tuning on as much data.
+    assert rows["lora, train_series=8"].references["full tuning"] == few
+    assert rows["lora, train_series=all, ensemble=0.5"].references["full tuning"] == full
+    assert "full tuning" not in rows["zero-shot"].references
+
+
+def test_an_error_is_drawn_against_what_varies() -> None:
+    def lora(r: int, mae: float, seed: int) -> TrialResult:
+        return finished({"name": "lora", "r": r, "lora_alpha": 8 * r}, mae, seed)
+
+    results = [lora(r, 5.0 - 0.1 * r + 0.01 * seed, seed) for r in (1, 2, 4) for seed in (0, 1)]
+    (curve,) = curves_of(rows_of([*results, *ZERO_SHOT], []), {"zero-shot": 5.0})
+    assert curve.option == "r of lora"
+    assert curve.levels == {"zero-shot": 5.0}
+    (points,) = curve.lines.values()
+    assert [point[0] for point in points] == [1.0, 2.0, 4.0]
+    assert [point[1] for point in points] == pytest.approx([4.905, 4.805, 4.605])
+    assert [point[2] for point in points] == pytest.approx([0.01 / math.sqrt(2)] * 3)
+    # Two values are no curve; those that differ in something else are lines of their own.
+    assert curves_of(rows_of(results[:4], []), {}) == []
+    fourier = [
+        finished({"name": "fourierft", "n_frequency": n, "random_loc_seed": place}, 4.0)
+        for n, place in ((10, 0), (50, 0), (50, 1), (200, 0))
+    ]
+    (curve,) = curves_of(rows_of(fourier, []), {})
+    assert {name: [point[0] for point in points] for name, points in curve.lines.items()} == {
+        "fourierft, random_loc_seed=0": [10.0, 50.0, 200.0],
+        "fourierft, random_loc_seed=1": [50.0],
+    }
+
+
 def test_no_results_are_an_empty_table() -> None:
     assert len(table([])) == 0
 
@@ -229,9 +298,55 @@ def test_the_report_is_one_file_with_every_row(folder: Path) -> None:
 def test_figures_are_drawn_for_both_themes(folder: Path) -> None:
     content = write_report(folder).read_text(encoding="utf-8")
     figures = [base64.b64decode(part).decode() for part in re.findall(r"base64,([\w+/=]+)", content)]
-    assert len(figures) == 8
+    # Parameters, costs, forecasts, the best and worst windows; of two data sets; for two themes.
+    assert len(figures) == 16
     assert sum("trainable parameters" in figure for figure in figures) == 4
-    assert sum("#e6edf3" in figure for figure in figures) == 4
+    assert sum("#e6edf3" in figure for figure in figures) == 8
+
+
+def test_the_report_tests_what_it_shows(folder: Path) -> None:
+    content = write_report(folder).read_text(encoding="utf-8")
+    tests = pd.read_csv(folder / "tests.csv")
+    assert list(tests[tests["data"] == "hr"]["method"]) == [
+        "seasonal naive", "last value", "lora", "full",
+        "seasonal naive", "last value", "zero-shot", "lora",
+    ]  # fmt: skip
+    row = tests[(tests["method"] == "lora") & (tests["against"] == "zero-shot") & (tests["data"] == "hr")].iloc[0]
+    errors = []
+    for result in load_results(folder):
+        if (
+            result.spec.adapter in ("none", "lora")
+            and result.spec.family != "baseline"
+            and result.spec.data.vital == "hr"
+        ):
+            windows = pd.read_parquet(folder / "trials" / result.spec.hash() / "windows.parquet")
+            errors.append(windows.set_index("item_id")["MAE[0.5]"])
+    zero_shot, lora = errors
+    assert row["patients"] == len(lora) == 2
+    assert row["change"] == pytest.approx(100 * (lora - zero_shot).mean() / zero_shot.mean())
+    assert row["share_better"] == (lora < zero_shot).mean()
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    for part in ("Is it more than luck?", "Ranks over data sets", "changed most"):
+        assert part in content
+        assert part in text
+
+
+def test_forgetting_is_a_table_of_its_own(tmp_path: Path) -> None:
+    data = {"patients": 12, "hours": 8, "vital": "hr", "windows": 1}
+    also = {"synthetic": {"source": "synthetic", "series": 20, "steps": 60, "windows": 1}}
+    study = StudySpec(
+        base={**BASE, "training": {**SMALL, "learning_rate": 1e-2}, "data": data, "also": also},
+        grid={"adapter": ["none", "full"]},
+    )
+    zero_shot, full = run_study(study, tmp_path, progress=False)
+    frame = table([zero_shot, full])
+    assert frame.loc[("hr", "full"), "MAE on synthetic"] == full.scores["synthetic/MAE[0.5]"]
+    write_report(tmp_path)
+    tests = pd.read_csv(tmp_path / "tests.csv")
+    assert list(tests["scored on"].unique()) == ["hr", "synthetic"]
+    there = tests[(tests["scored on"] == "synthetic") & (tests["against"] == "zero-shot")].iloc[0]
+    assert there["patients"] == 4
+    assert "Forgetting: error on synthetic, which was not trained on" in (tmp_path / "report.md").read_text()
 
 
 def test_the_same_results_give_the_same_report(folder: Path) -> None:

@@ -17,6 +17,7 @@ from gluonts_peft import PeftPredictor, backtest
 from gluonts_peft.backtesting import SeasonalNaive
 from gluonts_peft.estimator import PeftEstimator
 from gluonts_peft.trials import DataSpec, TrialSpec, load_data, run_trial
+from gluonts_peft.trials.run import windows_file
 from gluonts_peft.vitals import patient_of
 
 DATA = {"patients": 12, "hours": 12, "vital": "hr", "windows": 2}
@@ -70,7 +71,10 @@ def test_examples_are_what_surrounds_the_forecast(tmp_path: Path) -> None:
     run_trial(trial, tmp_path)
     entries = {entry["item_id"]: entry for entry in load_data(trial.data).test}
     examples = json.loads((tmp_path / "examples.json").read_text())
-    assert len({(example["item_id"], example["start"]) for example in examples}) == 3
+    assert [example["kind"] for example in examples] == ["spaced"] * 3 + ["best"] * 3 + ["worst"] * 3
+    assert len({(example["item_id"], example["start"]) for example in examples[:3]}) == 3
+    errors = np.sort(pd.read_parquet(tmp_path / "windows.parquet")["MAE[0.5]"])
+    assert [example["MAE"] for example in examples[3:]] == [*errors[:3], *errors[:-4:-1]]
     for example in examples:
         entry = entries[example["item_id"]]
         at = next(i for i in range(len(entry["target"])) if str(entry["start"] + i) == example["start"])
@@ -174,6 +178,72 @@ def test_the_fingerprint_follows_the_data() -> None:
     for changed in ({"seed": 1}, {"split_seed": 1}, {"vital": "hr"}, {"hours": 7}):
         assert load_data(DataSpec(**{"patients": 12, "hours": 6, **changed})).fingerprint != base
     assert load_data(DataSpec(patients=12, hours=6, windows=2)).fingerprint == base
+
+
+def test_fewer_training_series_are_a_part_of_more_and_nothing_else_changes() -> None:
+    base = {"patients": 20, "hours": 6, "vital": "hr"}
+    whole, six, three, short = (
+        load_data(DataSpec(**base, **limits))
+        for limits in ({}, {"train_series": 6}, {"train_series": 3}, {"train_steps": 10})
+    )
+    names = [{entry["item_id"] for entry in data.train} for data in (three, six, whole)]
+    assert [len(each) for each in names] == [3, 6, 14]
+    assert names[0] < names[1] < names[2]
+    for data in (six, three, short):
+        for part in ("validation", "test"):
+            assert [e["item_id"] for e in getattr(data, part)] == [e["item_id"] for e in getattr(whole, part)]
+    ends = {entry["item_id"]: entry for entry in short.train}
+    for full in whole.train:
+        end = full["target"][-10:]
+        # Where nothing was observed in them there is no series.
+        assert (full["item_id"] in ends) is bool(np.isfinite(end).any())
+        if full["item_id"] in ends:
+            entry = ends[full["item_id"]]
+            assert np.array_equal(entry["target"], end, equal_nan=True)
+            assert entry["start"] + 10 == full["start"] + len(full["target"])
+    with pytest.raises(ValueError, match="^train_series 15 is more than the 14 training series that there are$"):
+        load_data(DataSpec(**base, train_series=15))
+
+
+def test_an_ensemble_is_the_weighted_mean_of_quantiles(tmp_path: Path) -> None:
+    quantiles = []
+    for name, changes in (("zero", {}), ("tuned", {}), ("both", {"ensemble": 0.25})):
+        result = run_trial(spec("none" if name == "zero" else "lora", **changes), tmp_path / name)
+        examples = json.loads((tmp_path / name / "examples.json").read_text())
+        quantiles.append(np.array([list(example["quantiles"].values()) for example in examples[:3]]))
+    zero_shot, tuned, both = quantiles
+    assert not np.allclose(zero_shot, tuned)
+    assert both == pytest.approx(0.25 * tuned + 0.75 * zero_shot, rel=1e-5)
+    # What is stored, and its parameters, are the tuned model's.
+    assert result.trainable_parameters
+    assert (tmp_path / "both" / "predictor").is_dir()
+
+
+def test_further_data_are_scored_as_if_they_were_a_trials_own(tmp_path: Path) -> None:
+    other = {"source": "synthetic", "series": 20, "steps": 60, "windows": 1}
+    result = run_trial(spec("none", also={"other": other}), tmp_path / "also")
+    alone = run_trial(spec("none", data=other), tmp_path / "alone")
+    assert alone.counts["series"] == 4
+    for name, value in alone.scores.items():
+        assert result.scores[f"other/{name}"] == pytest.approx(value, rel=1e-6)
+    own = pd.read_parquet(tmp_path / "also" / windows_file())
+    there = pd.read_parquet(tmp_path / "also" / windows_file("other"))
+    pd.testing.assert_frame_equal(there, pd.read_parquet(tmp_path / "alone" / windows_file()), rtol=1e-5)
+    assert set(own["item_id"]).isdisjoint(there["item_id"])
+    tuned = run_trial(spec("full", also={"other": other}), tmp_path / "tuned")
+    assert tuned.scores["other/MAE[0.5]"] != result.scores["other/MAE[0.5]"]
+
+
+def test_memory_is_what_a_trial_adds(tmp_path: Path) -> None:
+    """The ballast of an earlier trial is not counted, and a larger trial needs more."""
+    ballast = np.ones(40_000_000)
+    small = run_trial(spec("none"), tmp_path / "small").peak_memory_mb
+    del ballast
+    large = run_trial(spec("none", data={**DATA, "patients": 400, "hours": 48}), tmp_path / "large").peak_memory_mb
+    assert small is not None
+    assert large is not None
+    assert small < 200 < 320
+    assert large > small
 
 
 def long_table(path: Path) -> Path:

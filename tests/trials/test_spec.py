@@ -10,17 +10,22 @@ from typing import Any
 
 import pytest
 
-from gluonts_peft import list_families
+from gluonts_peft import list_adapters, list_families
 from gluonts_peft.trials import SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, expand, load_study
 from gluonts_peft.trials.spec import DataSpec, describe_adapter
 
 FAMILIES = ", ".join(sorted(["baseline", *list_families()]))
-ADAPTERS = (
-    "adalora, bitfit, c3a, dora, fourierft, full, head, hra, ia3, layernorm, lora, miss, none, oft, randlora, vera,"
-    " waveft"
+ADAPTERS = ", ".join(sorted(list_adapters()))
+TRIAL_FIELDS = (
+    "adapter, also, backbone_options, checkpoint, context_length, data, ensemble, family, prediction_length, seed,"
+    " training"
 )
-TRIAL_FIELDS = "adapter, backbone_options, checkpoint, context_length, data, family, prediction_length, seed, training"
-DATA_FIELDS = "fractions, freq, group, hours, min_hours, path, patients, seed, source, split_seed, vital, windows"
+DATA_FIELDS = (
+    "fractions, freq, group, hours, min_hours, path, patients, seed, series, source, split_seed, steps, train_series,"
+    " train_steps, vital, windows"
+)
+BASELINES = "deepar, last_value, nbeats, nhits, patch_tst, seasonal_naive, simple_feedforward, tft"
+ROOT = Path(__file__).parents[2]
 
 
 def spec(**changes: Any) -> TrialSpec:
@@ -54,7 +59,17 @@ def exactly(message: str) -> str:
          "data: fractions (0.5, 0.1, 0.1) must be shares of training, validation and test that add up to 1, training"
          " and test above 0, as (0.7, 0.1, 0.2) are"),
         ({"family": "baseline", "checkpoint": "last_valu", "adapter": "none"},
-         "baseline 'last_valu' is unknown; did you mean 'last_value'? known: last_value, seasonal_naive"),
+         f"baseline 'last_valu' is unknown; did you mean 'last_value'? known: {BASELINES}"),
+        ({"family": "baseline", "checkpoint": "nhits", "adapter": "none"},
+         "baseline 'nhits' has no context_length of its own; name one"),
+        ({"ensemble": 1.5}, "ensemble 1.5: input should be less than 1"),
+        ({"also": {"x": {"patiens": 3}}},
+         f"also.x: option 'patiens' is unknown; did you mean 'patients'? known: {DATA_FIELDS}"),
+        ({"also": {"a/b": {}}}, "also: name 'a/b' must be there and hold no '/'"),
+        ({"data": {"source": "synthetic", "hours": 3}},
+         "data: hours 3 belongs to source 'simulated', not to 'synthetic'; drop it"),
+        ({"data": {"source": "synthetic", "vital": "hr"}},
+         "data: vital 'hr' is of no use: source 'synthetic' has no vital signs; drop it"),
         ({"family": "baseline", "checkpoint": "last_value"},
          "adapter 'lora' cannot tune a baseline; write adapter 'none'"),
     ],
@@ -185,7 +200,17 @@ def test_an_option_of_an_adapter_can_be_varied() -> None:
         ({"sed": 1}, f"option 'sed' is unknown; did you mean 'seed'? known: {TRIAL_FIELDS}"),
         ({"seed": []}, "grid path 'seed' has no values; name at least one"),
         ({"checkpoint.x": 1}, "'checkpoint.x' leads into 'checkpoint', which is no mapping"),
-        ({"baselines": ["naive"]}, "baselines.0 'naive': input should be 'seasonal_naive' or 'last_value'"),
+        (
+            {"baselines": ["naive"]},
+            "baselines.0 'naive': input should be 'seasonal_naive', 'last_value', 'deepar', 'patch_tst',"
+            " 'simple_feedforward', 'tft', 'nbeats' or 'nhits'",
+        ),
+        (
+            {"baseline_training.max_epoch": 3},
+            "baseline_training: option 'max_epoch' is unknown; did you mean 'max_epochs'? known: "
+            + ", ".join(sorted(TrainingSpec.model_fields)),
+        ),
+        ({"baselines": ["tft"]}, "baseline 'tft' has no context_length of its own; name one"),
     ],
 )
 def test_a_wrong_study_is_refused_with_the_way_out(study_file: Path, overrides: dict[str, Any], message: str) -> None:
@@ -208,10 +233,73 @@ def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
         load_study(other)
 
 
+def test_data_limits_are_no_matter_where_nothing_trains() -> None:
+    limited = {"train_series": 3, "train_steps": 20}
+    assert spec(adapter="none", data=limited) == spec(adapter="none")
+    assert spec(data=limited) != spec()
+    assert spec(also={"x": limited}) == spec(also={"x": {}})
+
+
+def test_an_ensemble_needs_two_models() -> None:
+    assert spec(adapter="none", ensemble=0.5) == spec(adapter="none")
+    assert spec(ensemble=0.5).name() == "bolt-nano lora with weight 0.5 seed 0"
+
+
+def test_each_source_has_its_own_options() -> None:
+    data = DataSpec(source="synthetic")
+    assert (data.series, data.steps, data.seed, data.patients, data.group) == (100, 200, 0, None, "item")
+    assert DataSpec().series is None
+
+
+def test_trained_baselines_run_once_a_seed_and_naive_ones_once() -> None:
+    training = {"max_epochs": 2, "batch_size": 8, "validation_windows": 4, "learning_rate": 0.5, "device": "cpu"}
+    base = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6, "context_length": 12}
+    study = StudySpec(
+        base={**base, "training": training},
+        grid={"adapter": ["none", "lora"], "seed": [0, 1, 2]},
+        baselines=["last_value", "nhits"],
+        baseline_training={"patience": 2},
+    )
+    baselines = [trial for trial in expand(study) if trial.family == "baseline"]
+    assert [(trial.checkpoint, trial.seed) for trial in baselines] == [("last_value", 0)] + [
+        ("nhits", seed) for seed in (0, 1, 2)
+    ]
+    # What decides the windows is the trials'; how long and how fast is the baselines' own.
+    trained = baselines[1].training
+    assert (trained.batch_size, trained.validation_windows, trained.device) == (8, 4, "cpu")
+    assert (trained.max_epochs, trained.patience, trained.learning_rate) == (40, 2, None)
+    assert baselines[1].name() == "nhits seed 0"
+
+
+def test_budgets_of_baselines_are_overridden_by_their_path(study_file: Path) -> None:
+    overrides = {"baselines": ["tft"], "context_length": 12, "baseline_training.max_epochs": 3}
+    assert expand(load_study(study_file, overrides))[0].training.max_epochs == 3
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_ready_studies_can_be_used_on_simulated_and_real_data(path: Path) -> None:
+    simulated = expand(load_study(path))
+    real = expand(load_study(path, {"data.source": "hourly", "data.path": "stays.parquet"}))
+    assert len(real) == len(simulated) > 3
+    assert {trial.data.source for trial in simulated} == {"simulated"}
+    assert {(trial.data.source, trial.data.path) for trial in real} == {("hourly", "stays.parquet")}
+    assert "none" in [trial.adapter for trial in real]
+    assert "full" in [trial.adapter for trial in real]
+
+
+def test_the_great_study_has_every_adapter_and_baseline() -> None:
+    from gluonts_peft.trials.spec import NAIVE, TRAINED
+
+    study = load_study(ROOT / "examples" / "studies" / "vitals.yaml")
+    assert set(study.baselines) == {*NAIVE, *TRAINED}
+    assert study.grid["data.vital"] == ["hr", "map"]
+    assert len(study.grid["seed"]) == 5
+
+
 def test_the_demo_has_every_adapter_and_stays_small() -> None:
     from gluonts_peft import list_adapters
 
-    trials = expand(load_study(Path(__file__).parents[2] / "examples" / "demo.yaml"))
+    trials = expand(load_study(ROOT / "examples" / "demo.yaml"))
     shown = {trial.adapter for trial in trials if isinstance(trial.adapter, str)}
     assert set(list_adapters()) == shown
     assert ["layernorm", "lora"] in [trial.adapter for trial in trials]

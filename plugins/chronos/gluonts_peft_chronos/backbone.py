@@ -86,7 +86,7 @@ class ChronosBackbone(Backbone):
 
     family = "chronos"
     # Of the family; each architecture says its own.
-    capabilities = frozenset({"samples", "quantiles", "covariates", "multivariate"})
+    capabilities = frozenset({"samples", "quantiles", "features", "covariates", "multivariate"})
     own_prediction_length: int
     # Where the input comes in and the forecast goes out.
     ends: ClassVar[dict[str, tuple[str, ...]]]
@@ -181,7 +181,7 @@ class ChronosBackbone(Backbone):
 class BoltBackbone(ChronosBackbone):
     """Chronos-Bolt: patches in, quantiles of the whole horizon out."""
 
-    capabilities = frozenset({"quantiles"})
+    capabilities = frozenset({"quantiles", "features"})
     ends = {"embedding": ("shared", "input_patch_embedding"), "head": ("output_patch_embedding",)}
 
     def __init__(self, network: nn.Module, **options: Any) -> None:
@@ -198,9 +198,8 @@ class BoltBackbone(ChronosBackbone):
         Twice the pinball loss of the scaled label, mean over levels, sum over observed steps.
         """
         network, horizon = self.network, self.own_prediction_length
-        hidden, (loc, scale), embedded, mask = network.encode(context=_with_gaps(batch))  # type: ignore[operator]
-        features = network.decode(embedded, mask, hidden)  # type: ignore[operator]
-        predicted = network.output_patch_embedding(features)  # type: ignore[operator]
+        _, decoded, (loc, scale) = self._states(batch)
+        predicted = network.output_patch_embedding(decoded)  # type: ignore[operator]
         label = batch["future_target"][:, None, :horizon]
         observed = batch["future_observed_values"][:, None, :horizon]
         predicted = predicted.view(len(label), len(self.levels), -1)[..., : label.shape[-1]].float()
@@ -208,6 +207,20 @@ class BoltBackbone(ChronosBackbone):
         levels = network.quantiles.view(1, -1, 1)  # type: ignore[union-attr, operator]
         pinball = torch.maximum(levels * difference, (levels - 1.0) * difference)
         return 2.0 * (pinball * observed).mean(1).sum(1)
+
+    def _states(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """Return the states of encoder and decoder, and location and scale of the history."""
+        network: Any = self.network
+        hidden, norm, embedded, mask = network.encode(context=_with_gaps(batch))
+        return hidden, network.decode(embedded, mask, hidden), norm
+
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the encoder's states of the patches of the history, and the decoder's state, which is all that the own
+        head sees, shape ``(batch, patches + 1, d_model)``.
+        """
+        hidden, decoded, _ = self._states(batch)
+        registers = int(self.network.chronos_config.use_reg_token)  # type: ignore[union-attr, arg-type]
+        return torch.cat([hidden[:, : hidden.shape[1] - registers], decoded], 1)
 
     def forecast(
         self, batch: Mapping[str, Tensor], *, num_samples: int | None = None, generator: torch.Generator | None = None

@@ -61,7 +61,7 @@ class Chronos2Backbone(ChronosBackbone):
         longer label, as ``Chronos2Pipeline.fit`` does, at the price of a worse zero-shot forecast of that length.
     """
 
-    capabilities = frozenset({"quantiles", "covariates", "multivariate"})
+    capabilities = frozenset({"quantiles", "features", "covariates", "multivariate"})
     ends = {"embedding": ("shared", "input_patch_embedding"), "head": ("output_patch_embedding",)}
 
     def __init__(
@@ -141,6 +141,20 @@ class Chronos2Backbone(ChronosBackbone):
         values = torch.cat(blocks, -1)[:, :targets, :, : self.prediction_length]
         return Trajectories(values[:, 0] if batch["past_target"].ndim == 2 else values.permute(0, 2, 3, 1), self.levels)
 
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the states of the patches of the history and of those to forecast, which are all that the own head
+        sees, shape ``(batch, patches, d_model)``; of several targets, those of the first.
+        """
+        history, future = _group(batch)
+        patches = self._patches(self.prediction_length)
+        if future is not None:
+            future = future[..., : patches * self.patch_size]
+        states, _ = encode_patches(self.network, history, future, patches, keep=None)
+        states = states.unflatten(0, history.shape[:2])[:, 0]
+        registers = int(self.network.chronos_config.use_reg_token)  # type: ignore[union-attr, arg-type]
+        own = states.shape[1] - patches - registers
+        return torch.cat([states[:, :own], states[:, own + registers :]], 1)
+
     def _patches(self, steps: int) -> int:
         return min(math.ceil(steps / self.patch_size), self.own_prediction_length // self.patch_size)
 
@@ -219,6 +233,22 @@ def predict_patches(
     """
     net: Any = network
     groups, rows = history.shape[:2]
+    states, (loc, scale) = encode_patches(network, history, future, patches, keep=patches)
+    predicted = net.output_patch_embedding(states)
+    predicted = predicted.view(groups, rows, patches, net.num_quantiles, -1).transpose(2, 3).flatten(3)
+    return predicted, (loc.view(groups, rows, 1), scale.view(groups, rows, 1))
+
+
+def encode_patches(
+    network: Chronos2Model | nn.Module, history: Tensor, future: Tensor | None, patches: int, *, keep: int | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return states, location and scale of each row, for parameters as of :func:`predict_patches`.
+
+    States have shape ``(batch * rows, keep, d_model)``, of the last positions: the patches of the history, the register
+    token if there is one, the patches to forecast. ``keep`` None means all of them.
+    """
+    net: Any = network
+    groups, rows = history.shape[:2]
     context, seen, norm = net._prepare_patched_context(history.flatten(0, 1))
     ahead, _ = net._prepare_patched_future(
         future_covariates=None if future is None else future.flatten(0, 1),
@@ -233,11 +263,8 @@ def predict_patches(
         parts.insert(1, net.shared(register))
     states = torch.cat(parts, 1)
     always = states.new_ones(groups * rows, states.shape[1] - seen.shape[1])
-    states = _encode(net.encoder, states, torch.cat([seen.to(states.dtype), always], 1), rows, patches)
-    predicted = net.output_patch_embedding(states)
-    predicted = predicted.view(groups, rows, patches, net.num_quantiles, -1).transpose(2, 3).flatten(3)
-    loc, scale = (value.view(groups, rows, 1) for value in norm)
-    return predicted, (loc, scale)
+    mask = torch.cat([seen.to(states.dtype), always], 1)
+    return _encode(net.encoder, states, mask, rows, states.shape[1] if keep is None else keep), norm
 
 
 def _encode(encoder: Any, states: Tensor, mask: Tensor, rows: int, keep: int) -> Tensor:

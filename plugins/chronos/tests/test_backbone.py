@@ -325,7 +325,7 @@ def test_places_are_in_the_order_of_the_network() -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "kind", "pipeline", "capabilities"),
     [
-        ("bolt-nano", BoltBackbone, ChronosBoltPipeline, {"quantiles"}),
+        ("bolt-nano", BoltBackbone, ChronosBoltPipeline, {"quantiles", "features"}),
         ("t5-nano", T5Backbone, ChronosPipeline, {"samples"}),
     ],
 )

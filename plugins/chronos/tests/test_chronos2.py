@@ -600,5 +600,5 @@ def test_a_loaded_backbone_is_frozen_and_says_what_it_can(tiny: Path) -> None:
 
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.context_length == model.past_length == CONTEXT
-    assert model.capabilities == {"quantiles", "covariates", "multivariate"}
+    assert model.capabilities == {"quantiles", "features", "covariates", "multivariate"}
     assert model.capabilities <= ChronosBackbone.capabilities

@@ -45,7 +45,7 @@ class MoiraiBackbone(Backbone):
 
     family = "moirai"
     # Of the family; each architecture says its own.
-    capabilities = frozenset({"samples", "quantiles", "covariates", "multivariate"})
+    capabilities = frozenset({"samples", "quantiles", "features", "covariates", "multivariate"})
     ends: ClassVar[dict[str, tuple[str, ...]]]
 
     def __init__(

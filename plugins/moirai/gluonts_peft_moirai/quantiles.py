@@ -25,7 +25,7 @@ _FAR = 10.0
 class Moirai2Backbone(MoiraiBackbone):
     """Moirai-2: causal patches in, quantiles of the next few patches out."""
 
-    capabilities = frozenset({"quantiles", "covariates", "multivariate"})
+    capabilities = frozenset({"quantiles", "features", "covariates", "multivariate"})
     ends = {"embedding": ("in_proj",), "head": ("out_proj",)}
 
     def __init__(self, network: nn.Module, *, prediction_length: int, source: Source, **options: Any) -> None:
@@ -66,13 +66,24 @@ class Moirai2Backbone(MoiraiBackbone):
         Tensor
             Shape ``(batch, targets, positions, patches ahead, levels, patch_size)``.
         """
-        stop = positions[-1] + 1
+        network: Any = self.network
+        states = self._states(cut, loc, scale, positions[-1] + 1)
+        found: Tensor = network.out_proj(states[:, : cut.targets, positions.start :: positions.step])
+        return found.float().unflatten(-1, (self.own_patches, len(self.levels), self.patch_size))
+
+    def _states(self, cut: Tokens, loc: Tensor, scale: Tensor, stop: int) -> Tensor:
+        """Return the states of the first ``stop`` patches, shape ``(batch, variates, stop, d_model)``."""
         scaled = (cut.values[:, :, :stop] - loc) / scale
         network: Any = self.network
         embedded = network.in_proj(torch.cat([scaled, cut.observed[:, :, :stop].to(scaled.dtype)], -1))
-        features = encode(network, embedded, cut, causal=True)[:, : cut.targets, positions.start :: positions.step]
-        found: Tensor = network.out_proj(features)
-        return found.float().unflatten(-1, (self.own_patches, len(self.levels), self.patch_size))
+        return encode(network, embedded, cut, causal=True)
+
+    def features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the states of the patches of the history, shape ``(batch, patches, d_model)``; of several targets,
+        those of the first. The own head sees the last of them.
+        """
+        cut = tokens(impute(self._window(batch)), self.patch_size)
+        return self._states(cut, *self._loc_scale(cut, cut.history), cut.history)[:, 0]
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the quantile loss of the label in the scale of the history, shape ``(batch,)``.

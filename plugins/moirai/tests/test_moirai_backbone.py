@@ -491,7 +491,7 @@ def test_sites_are_places_of_the_network(kind: str, backbone: Any) -> None:
     [
         ("moirai-1", Moirai1Backbone, MoiraiModule, {"samples", "covariates", "multivariate"}),
         ("moirai-moe", MoiraiMoEBackbone, MoiraiMoEModule, {"samples", "covariates", "multivariate"}),
-        ("moirai-2", Moirai2Backbone, Moirai2Module, {"quantiles", "covariates", "multivariate"}),
+        ("moirai-2", Moirai2Backbone, Moirai2Module, {"quantiles", "features", "covariates", "multivariate"}),
     ],
 )
 def test_exported_folder_opens_here_and_with_uni2ts(

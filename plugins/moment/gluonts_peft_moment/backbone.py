@@ -142,11 +142,11 @@ class MomentBackbone(Backbone):
         return self.network.predict(values, given)
 
     def features(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the encoder's features, shape ``(batch, seq_len / patch_len, d_model)``: the last patches are the
-        history's, those before stand for padding and hold the mask token, as in the reference's ``embed``.
+        """Return what the forecasting head sees, shape ``(batch, seq_len / patch_len, d_model)``: the last patches are
+        the history's, those before stand for padding.
         """
         values, given, _ = self._window(batch, self.network.seq_len)
-        return self.network.encode(values, given, given)[0]
+        return self.network.encode(values, given)[0]
 
     def reconstruct(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the history as the network sees it, shape and units of ``past_target``.

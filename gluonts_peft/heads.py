@@ -1,0 +1,566 @@
+"""Forecasting heads that take the place of a model's own.
+
+A head maps the features of a backbone, ``patches`` vectors of ``d_model`` numbers, to the whole horizon in one step.
+The history is standardised by its own mean and deviation as in MOMENT, and the head forecasts in these units. Kinds,
+with their parameters on MOMENT-base (64 patches of 768 features) at horizons 96 and 720:
+
+    linear          flatten, linear                                              4,718,688    35,390,160
+    projection      linear to ``width`` features, flatten, linear                  442,528     2,999,056
+    decomposition   flatten, linear to ``rank``, linear                            443,337     3,491,830
+    truncation      first ``width`` features, flatten, linear                      393,312     2,949,840
+    pooling         averages of features, ``width`` of them, flatten, linear       393,312     2,949,840
+    convolution     depth-wise over patches (kernel 3, stride 2), linear to
+                    ``width`` features, flatten, linear                            248,992     1,527,568
+
+Replacing the linear head by a smaller one of these kinds is the idea of TRACE (arXiv 2503.16991), which names the kinds
+and a reduction by about 90 per cent; the shapes are ours, sized to that. ``width`` is a twelfth of ``d_model`` by
+default (64 of 768), ``rank`` the largest with which the two steps have a tenth of the parameters of ``linear``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from .adapters.base import Adapter, AdapterError, copy_into
+from .adapters.selective import head as own_head
+from .backbone import Trajectories
+from .registry import unknown
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .windows import Windows
+
+__all__ = ["KINDS", "OUTPUTS", "FeatureCache", "Head", "NewHead", "forecast_error", "head", "standardise"]
+
+LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+OUTPUTS: dict[str, tuple[float, ...]] = {"point": (0.5,), "quantile": LEVELS}
+
+# Where a new head lies in the network of a backbone.
+PLACE = "new_head"
+
+# Features beyond this many bytes go to a file if there is a folder for it, and beyond the second need one.
+_TO_DISK, _IN_MEMORY = 2**28, 2**32
+_CHUNK = 128
+
+
+class _Truncation(nn.Module):
+    """The first features of each patch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[..., : self.width]
+
+
+class _AcrossPatches(nn.Conv1d):
+    """Depth-wise convolution along the patches: every second patch is left."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, d_model, 3, stride=2, padding=1, groups=d_model)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(features.transpose(1, 2)).transpose(1, 2)
+
+
+def _linear(patches: int, d_model: int, width: int, rank: int) -> tuple[list[nn.Module], int]:
+    return [nn.Flatten()], patches * d_model
+
+
+def _projection(patches: int, d_model: int, width: int, rank: int) -> tuple[list[nn.Module], int]:
+    return [nn.Linear(d_model, width), nn.Flatten()], patches * width
+
+
+def _decomposition(patches: int, d_model: int, width: int, rank: int) -> tuple[list[nn.Module], int]:
+    return [nn.Flatten(), nn.Linear(patches * d_model, rank)], rank
+
+
+def _truncation(patches: int, d_model: int, width: int, rank: int) -> tuple[list[nn.Module], int]:
+    return [_Truncation(width), nn.Flatten()], patches * width
+
+
+def _pooling(patches: int, d_model: int, width: int, rank: int) -> tuple[list[nn.Module], int]:
+    return [nn.AdaptiveAvgPool1d(width), nn.Flatten()], patches * width
+
+
+def _convolution(patches: int, d_model: int, width: int, rank: int) -> tuple[list[nn.Module], int]:
+    layers = [_AcrossPatches(d_model), nn.Linear(d_model, width), nn.Flatten()]
+    return layers, (patches + 1) // 2 * width
+
+
+# What comes before the last linear layer, and how many numbers it hands over.
+KINDS: dict[str, Callable[[int, int, int, int], tuple[list[nn.Module], int]]] = {
+    "linear": _linear,
+    "projection": _projection,
+    "decomposition": _decomposition,
+    "truncation": _truncation,
+    "pooling": _pooling,
+    "convolution": _convolution,
+}
+
+
+class Head(nn.Module):
+    """Features of all patches become a forecast. The last layer starts at zero: untrained.
+
+    Parameters
+    ----------
+    kind
+        One of :data:`KINDS`.
+    patches, d_model
+        Of the features.
+    prediction_length
+        Steps to forecast.
+    output
+        ``"point"`` learns by squared error, ``"quantile"`` the quantiles 0.1 to 0.9 by the quantile loss.
+    width
+        Features a patch that are left, for the kinds that reduce them.
+    rank
+        Width between the two steps of a decomposition.
+    dropout
+        On the features.
+
+    Raises
+    ------
+    ValueError
+        If an option is unknown or has a value that cannot be used.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        patches: int,
+        d_model: int,
+        prediction_length: int,
+        output: str = "point",
+        width: int | None = None,
+        rank: int | None = None,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        _check(kind=kind, output=output, width=width, rank=rank, dropout=dropout)
+        self.levels = OUTPUTS[output]
+        self.point = output == "point"
+        outputs = prediction_length * len(self.levels)
+        width = max(1, round(d_model / 12)) if width is None else width
+        if width > d_model:
+            raise ValueError(f"width {width} of head {kind!r} exceeds the {d_model} features of a patch")
+        if rank is None:
+            inputs = patches * d_model
+            rank = max(1, ((inputs + 1) * outputs // 10 - outputs) // (inputs + 1 + outputs))
+        layers, inputs = KINDS[kind](patches, d_model, width, rank)
+        self.dropout = nn.Dropout(dropout)
+        self.body = nn.Sequential(*layers)
+        # Without the usual initialisation, which would move the state of the random numbers.
+        self.last: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the head has left its start."""
+        return bool(self.last.weight.any() or self.last.bias.any())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map ``(batch, patches, d_model)`` to ``(batch, levels, prediction_length)``, in standardised units."""
+        steps: Tensor = self.last(self.body(self.dropout(features)))
+        return steps.view(len(steps), len(self.levels), -1)
+
+    def predict(self, features: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return forecasts in the units of the data, shape ``(batch, levels, prediction_length)``."""
+        mean, deviation = standardise(batch["past_target"], batch["past_observed_values"])
+        scaled: Tensor = self(features)
+        return scaled * deviation[:, None] + mean[:, None]
+
+    def loss(self, features: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of each window, shape ``(batch,)``: mean over the observed labels.
+
+        Errors count in standard deviations of the window, history and label together. Labels may be shorter than the
+        head's horizon.
+        """
+        label = batch["future_target"]
+        predicted = self.predict(features, batch)[..., : label.shape[1]]
+        if not self.point:
+            return _quantile_loss(predicted, self.levels, batch)
+        errors = ((predicted[:, 0] - label) / _unit(batch)).square()
+        return _mean_observed(errors, batch["future_observed_values"])
+
+    def forecast(self, features: Tensor, batch: Mapping[str, Tensor]) -> Trajectories:
+        """Forecast quantiles; those of a point are all the same.
+
+        Raises
+        ------
+        ValueError
+            If the head was not trained.
+        """
+        if not self.trained:
+            raise ValueError(
+                "the new forecasting head is not trained: there is nothing to forecast with; train it, alone or with an"
+                " adapter, or detach it for the forecasts of the model's own head"
+            )
+        values = self.predict(features, batch)
+        if self.point:
+            return Trajectories(values.expand(-1, len(LEVELS), -1), LEVELS)
+        # Quantiles that cross are put in order.
+        return Trajectories(values.sort(1).values, self.levels)
+
+
+def _check(**options: Any) -> None:
+    """Refuse options of a head that cannot be used."""
+    for name, known in (("kind", KINDS), ("output", OUTPUTS)):
+        if options[name] not in known:
+            raise ValueError(unknown(f"{name} of a head", options[name], known))
+    for name in ("width", "rank", "windows"):
+        value = options.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} {value!r} of a head is not a positive whole number")
+    dropout = options["dropout"]
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout!r} of a head is not a share in [0, 1)")
+
+
+def standardise(values: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (biased, plus 1e-5) of what is observed of windows, each of shape ``(batch, 1)``."""
+    count = observed.sum(1, keepdim=True).clamp(min=1)
+    mean = (values * observed).sum(1, keepdim=True) / count
+    variance = ((values - mean).square() * observed).sum(1, keepdim=True) / count
+    return mean, variance.sqrt() + 1e-5
+
+
+def _unit(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the deviation of history and label together: that of the history alone is near zero where it is flat."""
+    whole = torch.cat([batch["past_target"], batch["future_target"]], 1)
+    return standardise(whole, torch.cat([batch["past_observed_values"], batch["future_observed_values"]], 1))[1]
+
+
+def _mean_observed(errors: Tensor, observed: Tensor) -> Tensor:
+    return (errors * observed).sum(1) / observed.sum(1).clamp(min=1.0)
+
+
+def _quantile_loss(predicted: Tensor, levels: Sequence[float], batch: Mapping[str, Tensor]) -> Tensor:
+    """Return twice the pinball loss in units of the window, mean over levels and observed labels."""
+    label, unit = batch["future_target"], _unit(batch)
+    difference = (label[:, None] - predicted) / unit[:, None]
+    weight = torch.tensor(levels, device=label.device)[:, None]
+    pinball = 2.0 * torch.maximum(weight * difference, (weight - 1.0) * difference).mean(1)
+    return _mean_observed(pinball, batch["future_observed_values"])
+
+
+def forecast_error(backbone: Backbone, batches: Sequence[Mapping[str, Any]], levels: Sequence[float]) -> float:
+    """Return the mean scaled quantile loss of forecasts, which compares heads of any kind.
+
+    Parameters
+    ----------
+    backbone
+        That can forecast.
+    batches
+        Windows with labels, univariate.
+    levels
+        Levels that count; with the median alone this is the absolute error, in standard deviations of the window.
+    """
+    total, count = 0.0, 0
+    generator = torch.Generator(device=backbone.device).manual_seed(0)
+    with backbone.inference():
+        for arrays in batches:
+            batch = {name: torch.as_tensor(value).to(backbone.device) for name, value in arrays.items()}
+            past = {name: value for name, value in batch.items() if not name.startswith("future_")}
+            found = _at_levels(backbone.forecast(past, generator=generator), levels)
+            losses = _quantile_loss(found, levels, batch)
+            total += losses.double().sum().item()
+            count += len(losses)
+    return total / count
+
+
+def _at_levels(found: Trajectories, levels: Sequence[float]) -> Tensor:
+    """Return the quantiles at some levels, shape ``(batch, levels, prediction_length)``; between levels, by a line."""
+    values = found.values.float()
+    if found.levels is None:
+        return torch.quantile(values, torch.tensor(levels, device=values.device), dim=1).transpose(0, 1)
+    parts = []
+    for level in levels:
+        position = float(np.interp(level, found.levels, range(len(found.levels))))
+        low, share = int(position), position % 1.0
+        high = min(low + 1, len(found.levels) - 1)
+        parts.append(torch.lerp(values[:, low], values[:, high], share) if share else values[:, low])
+    return torch.stack(parts, 1)
+
+
+class _WithNewHead:
+    """Mixed into a backbone whose forecasting head was replaced."""
+
+    network: nn.Module
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        head: Any = getattr(self.network, PLACE)
+        result: Tensor = head.loss(_features(self, batch), batch)
+        return result
+
+    def forecast(
+        self, batch: Mapping[str, Tensor], *, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> Trajectories:
+        head: Any = getattr(self.network, PLACE)
+        result: Trajectories = head.forecast(_features(self, batch), batch)
+        return result
+
+
+def _features(backbone: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the features of full windows, shape ``(batch, patches, d_model)``."""
+    if "features" in batch:
+        return batch["features"]
+    if batch["past_target"].ndim != 2:
+        raise ValueError(
+            f"a new head forecasts one target, and these data have {batch['past_target'].shape[2]}; give each a series"
+            " of its own"
+        )
+    missing = backbone.past_length - batch["past_target"].shape[1]
+    if missing > 0:
+        # As many patches as the head was made for.
+        batch = {
+            name: tensor if name.startswith("future_") else _pad_start(tensor, missing)
+            for name, tensor in batch.items()
+        }
+    if backbone.adapter is not None and backbone.adapter.frozen_features:
+        # Nothing before the head trains, so nothing is dropped out there.
+        with backbone.inference():
+            found: Tensor = backbone.features(batch)
+        return found
+    changing: Tensor = backbone.features(batch)
+    return changing
+
+
+def _pad_start(tensor: Tensor, steps: int) -> Tensor:
+    return functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (steps, 0))
+
+
+@cache
+def _with_new_head(kind: type[Backbone]) -> type[Backbone]:
+    return type(kind.__name__, (_WithNewHead, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+class NewHead(Adapter):
+    """A forecasting head that takes the place of the model's own; the backbone stays as it is.
+
+    Works on every family with the capability ``"features"``, alone or in a list with other adapters. Alone, the
+    features of a window are computed once.
+
+    Parameters
+    ----------
+    options
+        ``kind``, and ``output``, ``width``, ``rank`` and ``dropout`` as for :class:`Head`. Of a head that trains alone:
+        ``cache`` (true by default), whether features are kept; ``windows``, how many training windows to draw once and
+        train on again and again, None for all that the training would draw.
+
+    Raises
+    ------
+    AdapterError
+        If an option is unknown or has a value that cannot be used.
+    """
+
+    name = "head"
+    mergeable = False
+    frozen_features = True
+    known = ("kind", "output", "width", "rank", "dropout", "cache", "windows")
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        for option in options:
+            if option not in self.known:
+                raise AdapterError("adapter 'head': " + unknown("option", option, self.known))
+        if "kind" not in options:
+            raise AdapterError(f"adapter 'head': a new head needs its kind, one of {', '.join(KINDS)}")
+        given = {"output": "point", "dropout": 0.1, **options}
+        try:
+            _check(**given)
+        except ValueError as error:
+            raise AdapterError(f"adapter 'head': {error}") from None
+        self.caches = bool(given.pop("cache", True))
+        self.pool = given.pop("windows", None)
+        self.head_levels = OUTPUTS[given["output"]]
+        # Its last layer sums over far more inputs.
+        self.learning_rate = 3e-4 if given["kind"] == "linear" else 3e-3
+        self._made: dict[str, Any] = given
+        self._head: Head | None = None
+
+    def _attach(self, backbone: Backbone) -> None:
+        if "features" not in backbone.capabilities:
+            raise AdapterError(
+                f"adapter {self!r} needs the features of the backbone, and {backbone.source.checkpoint!r} of family"
+                f" {backbone.family!r} does not offer them; train the model's own head with adapter 'head', or take a"
+                " family with the capability 'features'"
+            )
+        patches, d_model = _shape(backbone)
+        try:
+            made = Head(
+                **self._made, patches=patches, d_model=d_model, prediction_length=backbone.prediction_length
+            ).to(backbone.device)
+        except ValueError as error:
+            raise AdapterError(f"adapter {self!r} cannot be attached to {backbone!r}: {error}") from None
+        self._head = made
+        backbone.network.add_module(PLACE, made)
+        backbone.__class__ = _with_new_head(type(backbone))
+
+    def _detach(self, backbone: Backbone) -> None:
+        delattr(backbone.network, PLACE)
+        backbone.__class__ = type(backbone).__mro__[2]
+        self._head = None
+
+    def _fold(self) -> None:
+        """There is no place in the base for it."""
+
+    def _unwrap(self, backbone: Backbone) -> None:
+        self._detach(backbone)
+
+    @property
+    def head(self) -> Head:
+        """The head.
+
+        Raises
+        ------
+        AdapterError
+            If it is not attached.
+        """
+        if self._head is None:
+            raise AdapterError(f"adapter {self!r} is not attached; call attach(backbone) first")
+        return self._head
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [] if self._head is None else list(self._head.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.head.named_parameters())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        copy_into(self.state_dict(), state, self)
+
+
+def _shape(backbone: Backbone) -> tuple[int, int]:
+    """Return patches and width of a backbone's features."""
+    length = backbone.past_length
+    batch = {
+        "past_target": torch.arange(float(length), device=backbone.device)[None],
+        "past_observed_values": torch.ones(1, length, device=backbone.device),
+    }
+    if backbone.time_features:
+        steps = length + backbone.prediction_length
+        batch["time_feat"] = torch.zeros(1, steps, len(backbone.time_features), device=backbone.device)
+    with backbone.inference():
+        _, patches, d_model = backbone.features(batch).shape
+    return patches, d_model
+
+
+def head(**options: Any) -> Adapter:
+    """Build the adapter: the model's own head, or with ``kind`` a new one."""
+    return NewHead(options) if options else own_head()
+
+
+class FeatureCache:
+    """Training windows together with their features, each computed once. Stands in for the windows it draws from.
+
+    Parameters
+    ----------
+    backbone
+        With the new head attached, in its final state but for the head.
+    windows
+        Where training windows come from.
+    steps, batch_size
+        Of the whole training.
+    pool
+        Draw this many windows once, and every batch from them; None draws as ``windows`` does.
+    folder
+        Where the features go if they are large.
+    compute
+        Keep features; else batches are drawn in the same way, without them.
+    progress
+        Show a progress bar.
+
+    Raises
+    ------
+    ValueError
+        If the features are too large for memory and there is no folder.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        windows: Windows,
+        *,
+        steps: int,
+        batch_size: int,
+        pool: int | None = None,
+        folder: Path | None = None,
+        compute: bool = True,
+        progress: bool = False,
+    ) -> None:
+        if pool is None:
+            drawn = [np.stack(windows.pairs(step, batch_size), 1) for step in range(steps)]
+            self.pairs, rows = np.unique(np.concatenate(drawn), axis=0, return_inverse=True)
+            self._rows: np.ndarray | None = rows.reshape(steps, batch_size)
+        else:
+            self.pairs = np.unique(np.stack(windows.pairs(0, pool), 1), axis=0)
+            self._rows = None
+        self.windows = windows
+        self._path: Path | None = None
+        self.features: np.ndarray | None = None
+        if not compute:
+            return
+        patches, d_model = _shape(backbone)
+        shape = (len(self.pairs), patches, d_model)
+        size = 4 * int(np.prod(shape))
+        if size > _TO_DISK and folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._path = folder / "features.npy"
+            self.features = np.lib.format.open_memmap(self._path, "w+", np.float32, shape)
+        elif size > _IN_MEMORY:
+            raise ValueError(
+                f"features of {shape[0]} training windows take {size / 1e9:.1f} GB; name a folder to keep them in, or"
+                " give the head fewer `windows`, or cache=False"
+            )
+        else:
+            self.features = np.empty(shape, np.float32)
+        starts = range(0, len(self.pairs), _CHUNK)
+        for start in tqdm(starts, desc="features", unit="batch", leave=False, disable=not progress):
+            part = slice(start, start + _CHUNK)
+            self.features[part] = features_of(backbone, windows.read(*self.pairs[part].T))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sample(self, step: int, batch_size: int) -> dict[str, Any]:
+        """Return a batch as :meth:`Windows.sample` does, with ``features`` of shape ``(batch, patches, d_model)``."""
+        if self._rows is None:
+            seed = np.random.SeedSequence([self.windows.seed, step])
+            rows = np.random.Generator(np.random.Philox(seed)).integers(0, len(self.pairs), batch_size)
+        else:
+            rows = self._rows[step]
+        batch: dict[str, Any] = dict(self.windows.read(*self.pairs[rows].T))
+        return batch if self.features is None else {**batch, "features": self.features[rows]}
+
+    def close(self) -> None:
+        """Give the features up, and delete their file."""
+        self.features = None
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def features_of(backbone: Backbone, batch: Mapping[str, Any]) -> np.ndarray:
+    """Return the features of a batch of arrays, in evaluation mode."""
+    tensors = {name: torch.as_tensor(value).to(backbone.device) for name, value in batch.items()}
+    with backbone.inference():
+        found: np.ndarray = _features(backbone, tensors).float().cpu().numpy()
+    return found
+
+
+def with_features(backbone: Backbone, batches: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Add their features to batches."""
+    for batch in batches:
+        yield {**batch, "features": features_of(backbone, batch)}

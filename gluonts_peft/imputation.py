@@ -1,0 +1,404 @@
+"""Fill gaps with a model that reconstructs its input, and train adapters to reconstruct.
+
+    filled = impute(predictor, dataset)                         observed values stay as they are, bit for bit
+    predictor = train_reconstruction(estimator, dataset)        any adapter, with hidden patches as the label
+
+A family can do this if it has the capability ``"reconstruct"``: it is shown a window with a part hidden, and gives back
+the whole. MOMENT was pretrained so (Goswami et al. 2024, arXiv 2402.03885). A network sees ``patch_length`` steps as
+one: only whole patches are hidden from it, what is missing of a patch that is partly observed is bridged before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .data import writable, write_table
+from .registry import get_adapter, unknown
+from .training import fit, to_device
+from .windows import SeriesStore, Windows
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .data import DataEntry
+    from .estimator import PeftEstimator
+    from .predictor import PeftPredictor
+
+__all__ = ["Reconstruction", "impute", "reconstruction_loss", "train_reconstruction", "write_imputed"]
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+UNFILLABLE = ("raise", "keep")
+
+
+def reconstruction_loss(
+    backbone: Backbone, batch: Mapping[str, Tensor], mask_ratio: float = 0.3, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return how badly hidden patches of the history are filled in.
+
+    A share of the patches of each window that hold an observed step is hidden at random, and the network reconstructs
+    the window. The loss is the squared error at the hidden observed steps, in standard deviations of the whole window,
+    as in the pretraining of MOMENT.
+
+    Parameters
+    ----------
+    backbone
+        Of a family with the capability ``"reconstruct"``; gradients reach its parameters.
+    batch
+        ``past_target`` and ``past_observed_values`` of shape ``(batch, time)``; what else it holds is not looked at.
+    mask_ratio
+        Share of the patches to hide, rounded down; one patch at least is hidden and one shown.
+    generator
+        Source of randomness; torch's own if None.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(batch,)``; 0 for windows with fewer than two observed patches, and for constant ones.
+
+    Raises
+    ------
+    ValueError
+        If the family does not reconstruct, or `mask_ratio` is not between 0 and 1.
+    """
+    require_reconstruct(backbone)
+    if not 0.0 < mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio {mask_ratio} is not a share between 0 and 1")
+    target, observed = batch["past_target"], batch["past_observed_values"]
+    patch, length = backbone.patch_length, target.shape[1]
+    padded = torch.nn.functional.pad(observed, (-length % patch, 0)).reshape(len(observed), -1, patch)
+    there = padded.amax(-1) > 0
+    device = target.device if generator is None else generator.device
+    order = torch.rand(there.shape, generator=generator, device=device).to(target.device)
+    rank = order.masked_fill(~there, 2.0).argsort(1).argsort(1)
+    count = there.sum(1, keepdim=True)
+    wanted = torch.minimum((count * mask_ratio).floor().clamp(min=1), count - 1)
+    hidden = (rank < wanted).repeat_interleave(patch, 1)[:, -length:].to(observed.dtype) * observed
+    shown = observed - hidden
+    found = backbone.reconstruct({**batch, "past_target": target * shown, "past_observed_values": shown})
+    steps = observed.sum(1, keepdim=True).clamp(min=1.0)
+    mean = (target * observed).sum(1, keepdim=True) / steps
+    deviation = (((target - mean) * observed).square().sum(1, keepdim=True) / steps).sqrt()
+    # Relative, so that the unit of the data is of no account.
+    varies = deviation > 1e-6 * (target * observed).abs().amax(1, keepdim=True)
+    errors = ((found - target) / torch.where(varies, deviation, 1.0)).square() * hidden * varies
+    return errors.sum(1) / hidden.sum(1).clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """:func:`reconstruction_loss` as the ``loss`` of :func:`gluonts_peft.training.fit`.
+
+    While it trains, the patches to hide follow from torch's random numbers; validation hides the same ones each time.
+    """
+
+    mask_ratio: float = 0.3
+
+    def __call__(self, backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
+        generator = None if backbone.training else torch.Generator().manual_seed(0)
+        return reconstruction_loss(backbone, batch, self.mask_ratio, generator)
+
+
+def train_reconstruction(
+    estimator: PeftEstimator,
+    training_data: Iterable[Mapping[str, Any]],
+    validation_data: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    mask_ratio: float = 0.3,
+    held_out: float = 0.2,
+    ckpt_path: str | None = None,
+) -> PeftPredictor:
+    """Tune an adapter to reconstruct, for anomalies and gaps.
+
+    The gate works as in :meth:`PeftEstimator.train`, on the reconstruction loss; the loop, its options and what is
+    stored are the same too. What comes back reconstructs; whether it can forecast is as before.
+
+    Parameters
+    ----------
+    estimator
+        Of a family with the capability ``"reconstruct"``; its ``prediction_length`` has no effect.
+    training_data
+        GluonTS dataset, univariate.
+    validation_data
+        Windows of ``context_length`` steps that touch decide the best epoch and the gate. If None, the ends of the
+        training series are held out for this.
+    mask_ratio
+        Share of the patches that are hidden.
+    held_out
+        Share of each series that is held out if there is no `validation_data`.
+    ckpt_path
+        As :meth:`PeftEstimator.train`.
+
+    Raises
+    ------
+    ValueError
+        If the family does not reconstruct, the adapter has no part in it, or data or options cannot be used.
+    TuningDidNotHelp
+        If the estimator has ``gate="raise"`` and tuning did not beat zero-shot.
+    """
+    backbone = estimator.load_backbone()
+    require_reconstruct(backbone)
+    if not 0.0 < held_out < 1.0:
+        raise ValueError(f"held_out {held_out} is not a share between 0 and 1")
+    adapter = get_adapter(estimator.adapter)
+    if adapter.name == "head":
+        raise ValueError(
+            "adapter 'head' trains the forecasting head, which has no part in reconstruction; name another, e.g. 'lora'"
+        )
+    if validation_data is None:
+        entries = list(training_data)
+        cuts = [math.ceil(len(entry["target"]) * (1.0 - held_out)) for entry in entries]
+        training_data = [
+            {**entry, "target": entry["target"][:cut]} for entry, cut in zip(entries, cuts, strict=True) if cut
+        ]
+        validation_data = [
+            {**entry, "target": entry["target"][cut:], "start": entry["start"] + cut}
+            for entry, cut in zip(entries, cuts, strict=True)
+            if cut < len(entry["target"])
+        ]
+    loss = Reconstruction(mask_ratio)
+    least = estimator.min_context or min(backbone.context_length, 4 * backbone.patch_length)
+    # The single step of a label is there because windows have one; it is not looked at.
+    lengths: dict[str, Any] = {"context_length": backbone.context_length, "prediction_length": 1, "min_context": least}
+    windows = Windows(estimator._store(training_data, "training", backbone), seed=estimator.options.seed, **lengths)
+    held_out_windows = Windows(estimator._store(validation_data, "validation", backbone), **lengths)
+    validation = held_out_windows.last(
+        windows=-(-int(held_out_windows.store.lengths.max()) // backbone.context_length),
+        distance=backbone.context_length,
+        max_windows=estimator.max_validation_windows,
+        batch_size=64,
+    )
+    result = fit(
+        backbone,
+        adapter,
+        windows,
+        list(validation),
+        estimator.options,
+        folder=estimator.folder,
+        ckpt_path=ckpt_path,
+        progress=estimator.progress,
+        trainer_kwargs=estimator.trainer_kwargs,
+        loss=loss,
+    )
+    return estimator._hand_over(backbone, adapter, result)
+
+
+def impute(
+    model: PeftPredictor | Backbone,
+    dataset: Iterable[Mapping[str, Any]],
+    *,
+    max_gap: int | None = None,
+    unfillable: str = "raise",
+    batch_size: int = 64,
+    progress: bool = False,
+) -> list[DataEntry]:
+    """Fill the gaps of each series; observed values stay as they are, bit for bit.
+
+    A gap is filled from a window of ``context_length`` steps with the gap at its centre, where a patch begins;
+    neighbouring gaps share a window as long as they lie in its central half. Gaps at the ends of a series are filled
+    too. What is missing of a patch that is partly observed is bridged before the network sees it.
+
+    Parameters
+    ----------
+    model
+        Predictor or backbone of a family with the capability ``"reconstruct"``, tuned or not.
+    dataset
+        GluonTS dataset, univariate; NaN is missing.
+    max_gap
+        Longest gap to fill, in steps: at most the context less two patches; half the context if None (our choice).
+    unfillable
+        What becomes of longer gaps and of series without an observed value: ``"raise"``, or ``"keep"``, which leaves
+        them missing and warns with their number.
+    batch_size
+        Windows at a time.
+    progress
+        Show a progress bar.
+
+    Returns
+    -------
+    list of dict
+        The entries in order, each with a new ``target`` of the same type.
+
+    Raises
+    ------
+    ValueError
+        If the family does not reconstruct, an argument cannot be used, or a series cannot be filled and
+        ``unfillable`` is ``"raise"``; the message names it.
+    """
+    backbone = backbone_of(model)
+    require_reconstruct(backbone)
+    if unfillable not in UNFILLABLE:
+        raise ValueError(unknown("unfillable", unfillable, UNFILLABLE))
+    context = backbone.context_length
+    longest = context // 2 if max_gap is None else max_gap
+    patch = backbone.patch_length
+    if not 0 < longest <= context - 2 * patch:
+        raise ValueError(
+            f"max_gap {longest} is not between 1 and {context - 2 * patch}, the context_length less two patches"
+        )
+    entries = list(dataset)
+    store = SeriesStore.from_dataset(entries)
+    plan: list[tuple[int, int, int]] = []
+    kept: list[str] = []
+    wanted = np.isnan(store.values)
+    for i, name in enumerate(store.item_ids):
+        missing = np.isnan(store.series(i))
+        if len(missing) and missing.all():
+            kept.append(f"series {name!r} has no observed value: there is nothing to fill it from; leave it out")
+            continue
+        gaps = runs(missing)
+        for begin, end in gaps[gaps[:, 1] - gaps[:, 0] > longest]:
+            wanted[store.offsets[i] + begin : store.offsets[i] + end] = False
+            kept.append(
+                f"series {name!r} misses the {end - begin} steps {begin} to {end - 1}, more than max_gap {longest}; cut"
+                " the series there"
+            )
+        plan.extend((i, begin, end) for begin, end in _shared(gaps[gaps[:, 1] - gaps[:, 0] <= longest], context // 2))
+    if kept and unfillable == "raise":
+        others = f" ({len(kept)} such in the dataset)" if len(kept) > 1 else ""
+        raise ValueError(f"{kept[0]}, or keep it missing with unfillable='keep'{others}")
+    if kept:
+        logger.warning("%d gaps stay missing; the first: %s", len(kept), kept[0])
+    filled = [np.array(entry["target"]) for entry in entries]
+    series, begins, ends = np.array(plan, np.int64).reshape(-1, 3).T
+    width = min(context, int(store.lengths.max()))
+    last = np.minimum(np.maximum((begins + ends) // 2 + width // 2, width), store.lengths[series])
+    # A gap that begins with a patch leaves fewer patches partly observed.
+    aligned = last - (last - begins) % patch
+    last = np.where((aligned >= width) & (aligned >= ends), aligned, last)
+    for rows in batches(len(plan), batch_size, "impute", progress):
+        values, observed = gather(store, series[rows], last[rows], width)
+        found = reconstruct(backbone, values, observed)
+        for row, window in zip(range(rows.start, rows.stop), found, strict=True):
+            target, first = filled[series[row]], last[row] - width
+            steps = np.arange(begins[row], ends[row])
+            steps = steps[wanted[store.offsets[series[row]] + steps]]
+            target[steps] = window[steps - first]
+    return [{**entry, "target": target} for entry, target in zip(entries, filled, strict=True)]
+
+
+def write_imputed(
+    dataset: Iterable[Mapping[str, Any]],
+    filled: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    columns: Sequence[str] = ("item_id", "timestamp", "target"),
+) -> pd.DataFrame:
+    """Write filled series as a long table, one row per item and time, and return it.
+
+    Parameters
+    ----------
+    dataset, filled
+        What :func:`impute` was given and gave back; each entry has an ``item_id``.
+    path
+        File to write, ``.csv``, ``.csv.gz`` or ``.parquet``, in an existing folder.
+    overwrite
+        Whether an existing file is replaced.
+    columns
+        Names of the columns for item, time (the start of the period) and value; a fourth, ``imputed``, is True where a
+        value was filled in.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be written there.
+    """
+    path, suffix = writable(path, overwrite)
+    tables = []
+    for before, after in zip(dataset, filled, strict=True):
+        start, target = after["start"], after["target"]
+        times = pd.period_range(start, periods=len(target), freq=start.freq).to_timestamp()
+        own = dict(zip(columns, (after.get("item_id"), times, target), strict=True))
+        tables.append(pd.DataFrame({**own, "imputed": np.isnan(before["target"]) & ~np.isnan(target)}))
+    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
+    write_table(table, path, suffix)
+    return table
+
+
+def runs(mask: NDArray[np.bool_]) -> Integers:
+    """Return begin and end (exclusive) of each run of true values, int64, shape ``(runs, 2)``.
+
+    Examples
+    --------
+    >>> runs(np.array([True, False, True, True])).tolist()
+    [[0, 1], [2, 4]]
+    """
+    edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
+    return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], 1).astype(np.int64)
+
+
+def batches(count: int, size: int, name: str, progress: bool) -> Iterable[slice]:
+    """Return slices of at most ``size`` that cover ``range(count)``, with a progress bar on stderr if wanted."""
+    if size <= 0:
+        raise ValueError(f"batch_size {size} is not positive")
+    parts = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+    if not progress:
+        return parts
+    from tqdm import tqdm
+
+    bar: Iterable[slice] = tqdm(parts, desc=name, unit="batch", leave=False)
+    return bar
+
+
+def gather(store: SeriesStore, series: Integers, ends: Integers, width: int) -> tuple[Floats, Floats]:
+    """Return the ``width`` steps of each series before ``ends`` (exclusive): values, 0 where they were not observed or
+    lie before the start, and 1 where they were, both of shape ``(batch, width)``.
+    """
+    index = (store.offsets[series] + ends)[:, None] + np.arange(-width, 0)
+    values = store.values.take(index, mode="clip")
+    observed = (index >= store.offsets[series][:, None]) & ~np.isnan(values)
+    return np.where(observed, values, np.float32(0.0)), observed.astype(np.float32)
+
+
+def reconstruct(backbone: Backbone, values: Floats, shown: Floats) -> Floats:
+    """Return the windows as the network sees them, from what is shown of them, shape ``(batch, time)``."""
+    with backbone.inference(), folded(backbone):
+        batch = to_device({"past_target": values * shown, "past_observed_values": shown}, backbone.device)
+        found: Floats = backbone.reconstruct(batch).float().cpu().numpy()
+    return found
+
+
+def folded(backbone: Backbone) -> Any:
+    """Context within which the adapter, if any, is folded into the weights."""
+    return nullcontext() if backbone.adapter is None else backbone.adapter.fused()
+
+
+def backbone_of(model: PeftPredictor | Backbone) -> Backbone:
+    """Return the backbone of a predictor, or the backbone itself."""
+    found: Backbone = getattr(model, "backbone", model)
+    return found
+
+
+def require_reconstruct(backbone: Backbone) -> None:
+    """Raise a ValueError if the family does not reconstruct its input."""
+    if "reconstruct" not in backbone.capabilities:
+        raise ValueError(
+            f"family {backbone.family!r} does not reconstruct its input; use one with the capability 'reconstruct',"
+            " such as 'moment' (`gluonts-peft families` lists them)"
+        )
+
+
+def _shared(gaps: Integers, span: int) -> list[tuple[int, int]]:
+    """Join neighbouring gaps, begin to end, as long as they span no more than `span` steps."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in gaps.tolist():
+        if joined and end - joined[-1][0] <= span:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    return joined

@@ -1,0 +1,174 @@
+"""Several tasks for one adapter: forecasts over long and short horizons, and reconstruction.
+
+    MomentEstimator(
+        prediction_length=96,
+        adapter=["lora", "head"],
+        tasks=[{"prediction_length": 96}, {"prediction_length": 24}, {"task": "reconstruct", "weight": 0.5}],
+    )
+
+A training step draws one of the tasks, so it costs what a step of a single task costs. A task of a short horizon sees
+the first steps of a label, and is forecast by the first steps of what the model forecasts: one model serves all tasks.
+TRACE (arXiv 2503.16991) is trained jointly over such tasks; how it mixes them is not known, the rule here is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .registry import unknown
+from .training import mean_loss
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .training import Loss
+
+__all__ = ["ForecastLoss", "Joint", "Task", "parse_tasks"]
+
+KINDS = ("forecast", "reconstruct")
+_OPTIONS = {
+    "forecast": ("task", "name", "weight", "rate", "prediction_length"),
+    "reconstruct": ("task", "name", "weight", "rate", "mask_ratio"),
+}
+
+
+@dataclass(frozen=True)
+class ForecastLoss:
+    """The family's own loss of the first steps of a label; later steps count as not observed."""
+
+    prediction_length: int
+
+    def __call__(self, backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
+        observed = batch["future_observed_values"].clone()
+        observed[:, self.prediction_length :] = 0.0
+        return backbone.loss({**batch, "future_observed_values": observed})
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the tasks.
+
+    Parameters
+    ----------
+    name
+        For people; unique.
+    loss
+        Of each window.
+    weight
+        Of the loss, after it was divided by `scale`.
+    rate
+        How often the task is drawn, relative to the others.
+    scale
+        Loss of the task before tuning, so that a weight means the same whatever the unit of a loss.
+    """
+
+    name: str
+    loss: Loss
+    weight: float = 1.0
+    rate: float = 1.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Joint:
+    """The loss of several tasks, for :func:`gluonts_peft.training.fit`.
+
+    In training it is that of one task, drawn by the rates with torch's random numbers. Otherwise it is the mean over
+    all tasks, weighted by weight x rate: 1 for the model before tuning.
+    """
+
+    tasks: tuple[Task, ...]
+
+    @property
+    def forecasts(self) -> bool:
+        """Whether any of the tasks needs a forecasting head."""
+        return any(isinstance(task.loss, ForecastLoss) for task in self.tasks)
+
+    def __call__(self, backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
+        if backbone.training:
+            rates = torch.tensor([task.rate for task in self.tasks], dtype=torch.float64)
+            task = self.tasks[int(torch.multinomial(rates, 1))]
+            return task.loss(backbone, batch) * (task.weight / task.scale)
+        shares = [task.weight * task.rate for task in self.tasks]
+        terms = [
+            task.loss(backbone, batch) * (share / (task.scale * math.fsum(shares)))
+            for task, share in zip(self.tasks, shares, strict=True)
+        ]
+        return torch.stack(terms).sum(0)
+
+    def scores(self, backbone: Backbone, validation: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Return the mean loss of each task over validation batches, in the task's own unit."""
+        return {task.name: mean_loss(backbone, validation, task.loss) for task in self.tasks}
+
+    def scaled(self, scores: Mapping[str, float]) -> Joint:
+        """Return the same tasks, with what they score before tuning as their scale.
+
+        Raises
+        ------
+        ValueError
+            If a score is not finite.
+        """
+        for name, score in scores.items():
+            if not math.isfinite(score):
+                raise ValueError(f"task {name!r} has loss {score} before tuning; look for extreme values in the data")
+        # A task that is solved already keeps its unit.
+        return Joint(tuple(replace(task, scale=scores[task.name] or 1.0) for task in self.tasks))
+
+
+def parse_tasks(tasks: Sequence[Mapping[str, Any]], prediction_length: int) -> Joint:
+    """Check a list of tasks.
+
+    Parameters
+    ----------
+    tasks
+        Mappings with ``task``, ``"forecast"`` (the default) or ``"reconstruct"``; ``name``, ``weight`` and ``rate``,
+        both 1 by default; a forecast has a ``prediction_length``, by default that of the model, a reconstruction a
+        ``mask_ratio``, see :func:`gluonts_peft.imputation.reconstruction_loss`.
+    prediction_length
+        Steps that the model forecasts: the longest horizon.
+
+    Raises
+    ------
+    ValueError
+        If there is no task, or one has an unknown option or a value that cannot be used.
+    """
+    from .imputation import Reconstruction
+
+    if isinstance(tasks, str | Mapping) or not tasks:
+        raise ValueError(f"tasks {tasks!r} is not a list of mappings; write e.g. [{{'prediction_length': 24}}]")
+    found: list[Task] = []
+    for item in tasks:
+        if not isinstance(item, Mapping):
+            raise ValueError(f"task {item!r} is not a mapping; write e.g. {{'prediction_length': 24}}")
+        kind = item.get("task", "forecast")
+        if kind not in KINDS:
+            raise ValueError(unknown("task", kind, KINDS))
+        for option in item:
+            if option not in _OPTIONS[kind]:
+                raise ValueError(f"task {kind!r}: {unknown('option', option, _OPTIONS[kind])}")
+        loss: Loss
+        if kind == "reconstruct":
+            loss, name = Reconstruction(**{key: item[key] for key in ("mask_ratio",) if key in item}), "reconstruct"
+            if not 0.0 < loss.mask_ratio < 1.0:
+                raise ValueError(f"task {kind!r}: mask_ratio {loss.mask_ratio} is not a share between 0 and 1")
+        else:
+            steps = item.get("prediction_length", prediction_length)
+            if not isinstance(steps, int) or not 0 < steps <= prediction_length:
+                raise ValueError(
+                    f"task {kind!r}: prediction_length {steps!r} is not from 1 to {prediction_length}, the"
+                    " prediction_length of the model; give the model the longest horizon"
+                )
+            loss, name = ForecastLoss(steps), f"forecast {steps}"
+        shares = {key: item.get(key, 1.0) for key in ("weight", "rate")}
+        for key, value in shares.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"task {kind!r}: {key} {value!r} is not a positive number")
+        found.append(Task(str(item.get("name", name)), loss, float(shares["weight"]), float(shares["rate"])))
+        if found[-1].name in {task.name for task in found[:-1]}:
+            raise ValueError(f"two tasks have the name {found[-1].name!r}; give one another name")
+    return Joint(tuple(found))

@@ -1,0 +1,315 @@
+"""The rows of a report: the trials of one method on one kind of data, with means over seeds.
+
+A label says what differs between the trials of a study and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .grid import STUDY, expand, read_study, trial_folder
+from .spec import BASELINE, TRAINED, SpecError, TrialResult, TrialSpec, describe_adapter
+
+__all__ = ["COVERAGE", "JUDGE", "KINDS", "METRICS", "Row", "load_results", "rows_of", "table"]
+
+#: Columns of the table and the scores of :func:`gluonts_peft.backtest` behind them; lower is better in all of them.
+METRICS = {
+    "MSE": "MSE[0.5]",
+    "MAE": "MAE[0.5]",
+    "MAPE": "MAPE[0.5]",
+    "DTW": "DTW[0.5]",
+    "DTW path error": "DTWPathError[0.5]",
+    "quantile loss": "mean_weighted_sum_quantile_loss",
+}
+COVERAGE = "coverage 80 %"
+JUDGE = "MAE"
+
+BETTER, TIE, WORSE = "better", "tie", "worse"
+MARKS = {BETTER: "▲", TIE: "≈", WORSE: "▼", "": ""}
+
+
+def load_results(folder: str | Path) -> list[TrialResult]:
+    """Read the results of all trials that a folder holds, in the order of its study if it has one.
+
+    Raises
+    ------
+    SpecError
+        If the folder holds neither a study nor trials, or a result is damaged.
+    """
+    folder = Path(folder)
+    if (folder / STUDY).is_file():
+        places = [trial_folder(folder, trial) for trial in expand(read_study(folder))]
+    else:
+        places = sorted(path.parent for path in folder.glob("trials/*/result.json"))
+        if not places:
+            raise SpecError(f"folder '{folder}'", ["it holds neither a study nor trials; name the folder of a study"])
+    return [result for place in places if (result := TrialResult.read(place)) is not None]
+
+
+def table(results: Iterable[TrialResult], expected: Iterable[TrialSpec] = ()) -> pd.DataFrame:
+    """Return a row a method, with means and sample standard deviations over seeds.
+
+    Parameters
+    ----------
+    results
+        Results of trials.
+    expected
+        Trials that should be there; those without a result are counted as missing.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by ``data`` and ``method``: naive baselines, ``zero-shot``, adapters, ``full``, networks trained from
+        scratch. Columns: ``trainable
+        parameters``, each of :data:`METRICS`, ``coverage 80 %`` (share of labels between the 0.1 and 0.9 quantiles),
+        ``seconds`` of training and ``peak memory MB``, each with a column ``... std`` (NaN for a single seed); numbers
+        of ``finished``, ``failed`` and ``missing`` trials and of those that ``gate passed``; ``change %``, the mean of
+        the relative differences of the MAE to zero-shot with the same seed, and its ``verdict``: ``better`` or
+        ``worse`` than zero-shot, or ``tie`` where the mean difference is within one standard deviation over seeds; the
+        ``error`` of the first failed trial; ``kind``: what the method is; and ``MAE on <name>`` for further data of
+        ``TrialSpec.also``. MSE, MAE and DTW have the unit of the data, MAPE is a fraction.
+    """
+    rows = rows_of(list(results), list(expected))
+    frame: pd.DataFrame = pd.DataFrame([row.numbers() for row in rows])
+    if rows:
+        frame.index = pd.MultiIndex.from_tuples([(row.data, row.method) for row in rows], names=["data", "method"])
+    return frame
+
+
+NAIVE_KIND, ZERO_SHOT, ADAPTER, FULL, SCRATCH = KINDS = (
+    "naive baseline",
+    "zero-shot",
+    "adapter",
+    "full tuning",
+    "trained from scratch",
+)
+
+
+@dataclass
+class Row:
+    """The trials of one method on one kind of data, and the methods that it is compared with."""
+
+    data: str
+    method: str
+    kind: str
+    model: str
+    rest: str
+    expected: int = 0
+    references: dict[str, str] = field(default_factory=dict)
+    results: list[TrialResult] = field(default_factory=list)
+    zero_shot: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> list[TrialResult]:
+        return [result for result in self.results if result.status == "finished"]
+
+    @property
+    def failed(self) -> list[TrialResult]:
+        return [result for result in self.results if result.status == "failed"]
+
+    def _column(self, read: Callable[[TrialResult], float | None], name: str) -> dict[str, float]:
+        values = np.array([as_float(read(result)) for result in self.finished])
+        mean = float(values.mean()) if len(values) else math.nan
+        std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
+        return {name: mean, f"{name} std": std}
+
+    def changes(self) -> list[float]:
+        """Differences of the MAE to zero-shot of the same seed, or for a naive baseline to zero-shot of each seed."""
+        found = []
+        for result in self.finished:
+            score = as_float(result.scores.get(METRICS[JUDGE]))
+            seeds = list(self.zero_shot) if self.kind == NAIVE_KIND else [result.spec.seed]
+            found += [score - self.zero_shot[seed] for seed in seeds if seed in self.zero_shot]
+        return [change for change in found if math.isfinite(change)]
+
+    def verdict(self) -> tuple[float, str]:
+        """Return the mean change in per cent of zero-shot, and whether it is better, worse or a tie."""
+        changes = self.changes()
+        if self.kind == ZERO_SHOT or not changes:
+            return math.nan, ""
+        mean = float(np.mean(changes))
+        spread = float(np.std(changes, ddof=1)) if len(changes) > 1 else 0.0
+        percent = 100 * mean / float(np.mean(list(self.zero_shot.values())))
+        return percent, TIE if abs(mean) <= spread else BETTER if mean < 0 else WORSE
+
+    def numbers(self) -> dict[str, Any]:
+        parameters = [
+            result.trainable_parameters for result in self.finished if result.trainable_parameters is not None
+        ]
+        gates = [result.gate for result in self.finished if result.gate is not None]
+        change, verdict = self.verdict()
+        numbers: dict[str, Any] = {"trainable parameters": parameters[0] if parameters else math.nan}
+        for name, metric in METRICS.items():
+            numbers |= self._column(lambda result, metric=metric: result.scores.get(metric), name)  # type: ignore[misc]
+        numbers |= self._column(_coverage, COVERAGE)
+        numbers |= self._column(lambda result: result.seconds, "seconds")
+        numbers |= self._column(lambda result: result.peak_memory_mb, "peak memory MB")
+        return numbers | {
+            "finished": len(self.finished),
+            "failed": len(self.failed),
+            "missing": max(0, self.expected - len(self.results)),
+            "gate passed": sum(bool(gate["passed"]) for gate in gates) if gates else math.nan,
+            "change %": change,
+            "verdict": verdict,
+            "error": self.failed[0].error if self.failed else "",
+            "kind": self.kind,
+            **self._elsewhere(),
+        }
+
+    def also(self) -> list[str]:
+        """Names of further data."""
+        return list(dict.fromkeys(name for result in self.results for name in result.spec.also))
+
+    def _elsewhere(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name in self.also():
+            metric = f"{name}/{METRICS[JUDGE]}"
+            found |= self._column(lambda result, metric=metric: result.scores.get(metric), f"{JUDGE} on {name}")  # type: ignore[misc]
+        return found
+
+
+BASELINES = {
+    "seasonal_naive": "seasonal naive",
+    "last_value": "last value",
+    "deepar": "DeepAR",
+    "patch_tst": "PatchTST",
+    "simple_feedforward": "SimpleFeedForward",
+    "tft": "TFT",
+    "nbeats": "N-BEATS",
+    "nhits": "N-HiTS",
+}
+# Data that only training sees are a part of the method, not of what is forecast.
+_LIMITS = ("data.train_series", "data.train_steps")
+
+
+def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
+    """Group trials into rows; a label says what differs between the trials and nothing else."""
+    trials = list({trial.hash(): trial for trial in (*expected, *(result.spec for result in results))}.values())
+    forms = {trial.hash(): _flat(trial.normal_form()) for trial in trials}
+    models = [forms[trial.hash()] for trial in trials if trial.family != BASELINE]
+    tuned = [form for form in models if form["adapter"] != "none"]
+    scratch = [forms[trial.hash()] for trial in trials if trial.family == BASELINE and trial.trains]
+    data_paths = _varying(
+        list(forms.values()),
+        lambda path: (path.startswith("data.") and path not in _LIMITS) or path in _LENGTHS,
+    )
+    data_paths.sort(key=lambda path: path != "data.vital")
+    model_paths = _varying(models, lambda path: path.split(".")[0] in _MODEL_PATHS)
+    training_paths = _varying(tuned, lambda path: path.startswith("training.") or path in _LIMITS)
+    scratch_paths = _varying(
+        scratch, lambda path: path.startswith(("training.", "backbone_options.")) or path in _LIMITS
+    )
+
+    rows: dict[tuple[str, str], Row] = {}
+    row_of: dict[str, Row] = {}
+    for trial in trials:
+        form = forms[trial.hash()]
+        data = _describe(form, data_paths, plain="data.vital") or trial.data.vital or "all series"
+        model, rest = ("" if trial.family == BASELINE else _describe(form, model_paths)), ""
+        if trial.family == BASELINE:
+            rest = _describe(form, scratch_paths) if trial.trains else ""
+            kind, names = SCRATCH if trial.checkpoint in TRAINED else NAIVE_KIND, [BASELINES[trial.checkpoint], rest]
+        elif trial.adapter == "none":
+            kind, names = ZERO_SHOT, [ZERO_SHOT, model]
+        else:
+            rest = _describe(form, training_paths)
+            weight = "" if trial.ensemble is None else f"ensemble={trial.ensemble:g}"
+            kind = FULL if trial.adapter == "full" and trial.ensemble is None else ADAPTER
+            names = [describe_adapter(trial.adapter), model, rest, weight]
+        method = ", ".join(filter(None, names))
+        row_of[trial.hash()] = rows.setdefault((data, method), Row(data, method, kind, model, rest))
+    for trial in expected:
+        row_of[trial.hash()].expected += 1
+    for result in results:
+        row_of[result.spec.hash()].results.append(result)
+
+    order = list(dict.fromkeys(row.data for row in rows.values()))
+    found = sorted(rows.values(), key=lambda row: (order.index(row.data), KINDS.index(row.kind)))
+    for row in found:
+        _refer(row, [other for other in found if other.data == row.data])
+    return found
+
+
+def _refer(row: Row, rows: list[Row]) -> None:
+    """Say what a row is compared with: zero-shot, and full tuning, of the same model and data for training."""
+    for kind in (ZERO_SHOT, FULL):
+        of_kind = [other for other in rows if other.kind == kind]
+        same = [other for other in of_kind if other.model == row.model and other.rest in (row.rest, "")]
+        chosen = same if len(same) == 1 else [other for other in same if other.rest == row.rest]
+        # Baselines have no model of their own: a single one to compare with is the one.
+        chosen = chosen or (of_kind if len(of_kind) == 1 else [])
+        if len(chosen) == 1 and chosen[0] is not row:
+            row.references[kind] = chosen[0].method
+        if len(chosen) == 1 and kind == ZERO_SHOT:
+            row.zero_shot = {
+                result.spec.seed: as_float(result.scores.get(METRICS[JUDGE])) for result in chosen[0].finished
+            }
+
+
+_LENGTHS = ("prediction_length", "context_length")
+_MODEL_PATHS = ("family", "checkpoint", "backbone_options")
+
+
+def _flat(form: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in form.items():
+        if isinstance(value, dict) and key in ("training", "data", "backbone_options"):
+            flat |= _flat(value, f"{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _varying(forms: list[dict[str, Any]], belongs: Callable[[str], bool]) -> list[str]:
+    paths = [path for path in dict.fromkeys(path for form in forms for path in form) if belongs(path)]
+    return [path for path in paths if len({json.dumps(form.get(path)) for form in forms}) > 1]
+
+
+def _describe(form: Mapping[str, Any], paths: Sequence[str], plain: str | None = None) -> str:
+    words = []
+    for path in paths:
+        value = "all" if path in _LIMITS and form.get(path) is None else str(form.get(path))
+        words.append(value if path == plain else f"{path.rpartition('.')[2]}={value}")
+    return ", ".join(words)
+
+
+def as_float(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _coverage(result: TrialResult) -> float | None:
+    low, high = result.scores.get("coverage[0.1]"), result.scores.get("coverage[0.9]")
+    # Of a point forecast both quantiles are the same; it has no interval.
+    return None if low is None or high is None or low == high else high - low
+
+
+def decimals_of(values: pd.Series) -> int:
+    """Return how many decimals show four digits of a typical value."""
+    typical = float(values.abs().dropna().median()) if values.notna().any() else math.nan
+    if not math.isfinite(typical) or typical == 0:
+        return 0
+    return max(0, 3 - math.floor(math.log10(typical)))
+
+
+def mean_and_std(mean: float, std: float, decimals: int) -> str:
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.{decimals}f}" + ("" if math.isnan(std) else f" ±{std:.{decimals}f}")
+
+
+def part_of(frame: pd.DataFrame, data: str) -> pd.DataFrame:
+    part: Any = frame.xs(data, level="data")
+    assert isinstance(part, pd.DataFrame)
+    return part
+
+
+def data_of(frame: pd.DataFrame) -> list[str]:
+    return list(dict.fromkeys(frame.index.get_level_values("data"))) if len(frame) else []
