@@ -303,7 +303,7 @@ def test_the_demo_has_every_adapter_and_stays_small() -> None:
     shown = {trial.adapter for trial in trials if isinstance(trial.adapter, str)}
     assert set(list_adapters()) == shown
     assert ["layernorm", "lora"] in [trial.adapter for trial in trials]
-    assert len(trials) == 4 + 18 * 2 * 3
+    assert len(trials) == 4 + 19 * 2 * 3
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
