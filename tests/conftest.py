@@ -21,6 +21,8 @@ def _house_rules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # No folder can be made below a file.
         patch.setenv("HOME", str(blocker / "home"))
+        # Lightning imports matplotlib, which complains where it has no place for its list of fonts.
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
         yield
     torch.set_num_threads(threads)
 
