@@ -58,7 +58,7 @@ def main() -> None:
     """Print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=400, help="steps of an epoch; a trial has 4")
+    parser.add_argument("--steps", type=int, default=500, help="steps of an epoch; a trial has 4")
     options = parser.parse_args()
     spec = {**SEARCH, "num_samples": options.trials}
     spec["base"]["training"]["num_batches_per_epoch"] = options.steps  # type: ignore[index]
