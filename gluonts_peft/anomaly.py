@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -320,45 +321,15 @@ def _passes(
     return errors, counts
 
 
-def _residual(
-    backbone: Backbone,
-    store: SeriesStore,
-    scales: Floats,
-    stride: int | None,
-    batch_size: int,
-    progress: bool,
-    *,
-    quantiles: tuple[float, float] = (0.1, 0.9),
-    num_samples: int | None = None,
-    seed: int = 0,
-) -> tuple[Floats, Floats]:
+def _residual(target: Floats, low: Floats, middle: Floats, high: Floats, least: Floats) -> Floats:
     """Distance from the median forecast, in units of the predicted spread."""
-
-    def distance(target: Floats, low: Floats, middle: Floats, high: Floats, least: Floats) -> Floats:
-        return np.asarray(np.abs(target - middle) / np.maximum(high - low, least))
-
-    return _forecasts(backbone, store, scales, stride, batch_size, progress, distance, quantiles, num_samples, seed)
+    return np.asarray(np.abs(target - middle) / np.maximum(high - low, least))
 
 
-def _exceedance(
-    backbone: Backbone,
-    store: SeriesStore,
-    scales: Floats,
-    stride: int | None,
-    batch_size: int,
-    progress: bool,
-    *,
-    quantiles: tuple[float, float] = (0.1, 0.9),
-    num_samples: int | None = None,
-    seed: int = 0,
-) -> tuple[Floats, Floats]:
+def _exceedance(target: Floats, low: Floats, middle: Floats, high: Floats, least: Floats) -> Floats:
     """Distance from the interval between two quantiles, in units of its width; 0 inside."""
-
-    def distance(target: Floats, low: Floats, middle: Floats, high: Floats, least: Floats) -> Floats:
-        outside = np.maximum(np.maximum(low - target, target - high), 0.0)
-        return np.asarray(outside / np.maximum(high - low, least))
-
-    return _forecasts(backbone, store, scales, stride, batch_size, progress, distance, quantiles, num_samples, seed)
+    outside = np.maximum(np.maximum(low - target, target - high), 0.0)
+    return np.asarray(outside / np.maximum(high - low, least))
 
 
 def _forecasts(
@@ -368,11 +339,13 @@ def _forecasts(
     stride: int | None,
     batch_size: int,
     progress: bool,
+    *,
     distance: Callable[[Floats, Floats, Floats, Floats, Floats], Floats],
-    quantiles: tuple[float, float],
-    num_samples: int | None,
-    seed: int,
+    quantiles: tuple[float, float] = (0.1, 0.9),
+    num_samples: int | None = None,
+    seed: int = 0,
 ) -> tuple[Floats, Floats]:
+    """Distances of rolling forecasts, by :func:`_residual` or :func:`_exceedance`."""
     import torch
 
     from .imputation import batches, folded
@@ -420,8 +393,8 @@ def _forecasts(
 METHODS: dict[str, Callable[..., tuple[Floats, Floats]]] = {
     "reconstruction": _reconstruction,
     "visible": _visible,
-    "residual": _residual,
-    "exceedance": _exceedance,
+    "residual": partial(_forecasts, distance=_residual),
+    "exceedance": partial(_forecasts, distance=_exceedance),
 }
 """How a point is scored.
 

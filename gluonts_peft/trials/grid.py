@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .spec import SpecError, StudySpec, TrialResult, TrialSpec, write_atomically
+from .spec import SpecError, StudySpec, TrialResult, TrialSpec, read_record, write_atomically
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -112,13 +112,11 @@ def read_study(folder: str | Path) -> StudySpec:
     SpecError
         If it holds none, or ``study.json`` is damaged.
     """
-    path = Path(folder) / STUDY
-    if not path.is_file():
-        raise SpecError(f"folder '{folder}'", [f"it has no {STUDY}; name the folder of a study"])
+    record = read_record(folder, STUDY, "study")
     try:
-        return StudySpec(**json.loads(path.read_text(encoding="utf-8")))
+        return StudySpec(**record)
     except (ValueError, TypeError) as error:
-        raise SpecError(f"'{path}'", [str(error)]) from error
+        raise SpecError(f"'{Path(folder) / STUDY}'", [str(error)]) from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .space import SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, describe_adapter, write_atomically
+from .spec import SpecError, TrialResult, TrialSpec, describe_adapter, read_record, write_atomically
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -127,13 +127,11 @@ def read_search(folder: str | Path) -> SearchSpec:
     SpecError
         If it holds none, or ``search.json`` is damaged.
     """
-    path = Path(folder) / SEARCH
-    if not path.is_file():
-        raise SpecError(f"folder '{folder}'", [f"it has no {SEARCH}; name the folder of a search"])
+    record = read_record(folder, SEARCH, "search")
     try:
-        return SearchSpec(**json.loads(path.read_text(encoding="utf-8"))["spec"])
+        return SearchSpec(**record["spec"])
     except (ValueError, TypeError, KeyError) as error:
-        raise SpecError(f"'{path}'", [str(error)]) from error
+        raise SpecError(f"'{Path(folder) / SEARCH}'", [str(error)]) from error
 
 
 def ranking(folder: str | Path) -> pd.DataFrame:

@@ -15,13 +15,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from ..registry import unknown
-from .spec import BASELINE, SpecError, TrialSpec, _merged, _Spec
+from .spec import BASELINE, SpecError, TrialSpec, _merged, _Spec, read_yaml
 
 __all__ = [
     "Proposer",
@@ -613,17 +612,7 @@ def load_search(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     SpecError
         If the file is missing, is not YAML, or holds or gets anything that cannot be used; all faults are listed.
     """
-    import yaml
-
-    path = Path(path)
-    try:
-        form = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"search '{path}'", [f"it cannot be read: {error.strerror}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"search '{path}'", [f"it is not YAML: {error}"]) from error
-    if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
-        raise SpecError(f"search '{path}'", ["expected a mapping with the keys base, space, objective and num_samples"])
+    form = read_yaml(path, "search", "base, space, objective and num_samples")
     try:
         return SearchSpec(**_overridden(form, overrides or {}))
     except SpecError as error:

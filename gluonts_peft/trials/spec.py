@@ -466,6 +466,46 @@ class StudySpec(_Spec):
             yield _merged(self.base, dict(zip(self.grid, values, strict=True)))
 
 
+def read_yaml(path: str | os.PathLike[str], what: str, keys: str) -> dict[str, Any]:
+    """Read a study or a search: a mapping with a mapping ``base``.
+
+    Raises
+    ------
+    SpecError
+        If the file is missing, is not YAML, or is no such mapping; the message names the keys.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{what} '{path}'", [f"it cannot be read: {error.strerror}"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{what} '{path}'", [f"it is not YAML: {error}"]) from error
+    if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
+        raise SpecError(f"{what} '{path}'", [f"expected a mapping with the keys {keys}"])
+    return form
+
+
+def read_record(folder: str | Path, name: str, what: str) -> dict[str, Any]:
+    """Read the JSON file by which a folder is known as that of a study or a search.
+
+    Raises
+    ------
+    SpecError
+        If there is none, or it is not JSON.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        raise SpecError(f"folder '{folder}'", [f"it has no {name}; name the folder of a {what}"])
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SpecError(f"'{path}'", [str(error)]) from error
+    return record
+
+
 def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> StudySpec:
     """Read a study from a YAML file.
 
@@ -484,17 +524,7 @@ def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
     SpecError
         If the file is missing, is not YAML, or holds or gets anything that cannot be used; all faults are listed.
     """
-    import yaml
-
-    path = Path(path)
-    try:
-        form = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"study '{path}'", [f"it cannot be read: {error.strerror}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"study '{path}'", [f"it is not YAML: {error}"]) from error
-    if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
-        raise SpecError(f"study '{path}'", ["expected a mapping with the keys base, grid, baselines and title"])
+    form = read_yaml(path, "study", "base, grid, baselines and title")
     grid = dict(form.get("grid") or {})
     changes = {}
     for name, value in (overrides or {}).items():
