@@ -20,6 +20,8 @@ import pandas as pd
 from numpy.typing import NDArray
 from pandas.tseries.frequencies import to_offset
 
+from .files import replacing
+
 __all__ = ["DataEntry", "read_dataset", "split_by_item", "write_forecasts"]
 
 DataEntry = dict[str, Any]
@@ -192,18 +194,13 @@ def writable(path: str | os.PathLike[str], overwrite: bool) -> tuple[Path, str]:
 
 def write_table(table: Any, path: Path, suffix: str) -> None:
     """Write a table; the file appears whole or not at all."""
-    # In the same folder, as a rename is atomic only within a file system.
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         if suffix == ".parquet":
             table.to_parquet(part, index=False)
         else:
             # Without a fixed time inside, equal forecasts would give different gzip files.
             compression = {"method": "gzip", "mtime": 0} if suffix == ".csv.gz" else None
             table.to_csv(part, index=False, compression=compression)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def split_by_item(

@@ -7,7 +7,6 @@ everything else as JSON, in one file that appears under its name only when it is
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
 from .checkpoint import save_tensors
+from .files import replacing
 
 __all__ = ["SafeCheckpointIO", "read_checkpoint", "write_checkpoint"]
 
@@ -36,15 +36,8 @@ def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
     path = Path(path)
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, tensors, "state")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
+    with replacing(path) as partial:
         save_tensors(tensors, partial, {_KEY: json.dumps(tree)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import operator
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from .files import write_atomically
 
 __all__ = ["FEATURES", "LastWindows", "Layout", "SeriesStore", "Skipped", "Windows", "context_batches"]
 
@@ -212,9 +213,7 @@ class SeriesStore:
         index["ordinals"] = index["ordinals"].tolist()
         index["layout"] = asdict(index["layout"])
         # The index comes last and at once, so a folder that has it is complete.
-        partial = folder / f"{_INDEX}.partial"
-        partial.write_text(json.dumps({"format": _FORMAT, **index}), encoding="utf-8")
-        os.replace(partial, folder / _INDEX)
+        write_atomically(folder / _INDEX, json.dumps({"format": _FORMAT, **index}))
         return cls.open(folder)
 
     @classmethod

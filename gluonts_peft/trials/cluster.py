@@ -20,7 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .spec import BASELINE, SpecError, TrialResult, TrialSpec, write_atomically
+from ..files import write_atomically
+from .spec import BASELINE, SpecError, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
     from .grid import Executor

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .spec import SpecError, StudySpec, TrialResult, TrialSpec, read_record, write_atomically
+from ..files import write_atomically
+from .spec import SpecError, StudySpec, TrialResult, TrialSpec, read_record
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..files import write_atomically
 from .space import SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, describe_adapter, read_record, write_atomically
+from .spec import SpecError, TrialResult, TrialSpec, describe_adapter, read_record
 
 if TYPE_CHECKING:
     from rich.console import Console

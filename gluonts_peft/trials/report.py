@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..files import write_atomically
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
 from .grid import expand, read_study, trial_folder
 from .sections import Section, curves_of, rank_section, sections_of, tests_of
-from .spec import StudySpec, TrialResult, TrialSpec, write_atomically
+from .spec import StudySpec, TrialResult, TrialSpec
 from .tables import (
     ADAPTER,
     BETTER,

@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 
 from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
 from ..data import DataEntry, read_dataset, split_by_item
+from ..files import write_atomically
 from ..registry import get_estimator
 from ..synthetic import sample_series
 from ..vitals import load_hourly, patient_of, simulate_vitals
-from .spec import BASELINE, DataSpec, TrialResult, TrialSpec, write_atomically
+from .spec import BASELINE, DataSpec, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
     from ..predictor import PeftPredictor

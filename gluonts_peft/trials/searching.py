@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..files import write_atomically
 from .cluster import check_nodes, code_versions, connected, quiet_worker, room, shared_folder, whereabouts
 from .records import (
     BEST,
@@ -43,7 +44,7 @@ from .records import (
     value_at,
 )
 from .space import Proposer, SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, _merged, write_atomically
+from .spec import SpecError, TrialResult, TrialSpec, _merged
 
 if TYPE_CHECKING:
     from gluonts.model.predictor import Predictor
@@ -111,9 +112,7 @@ def search(
                 _with_tune(run)
         run.wait_until_visible()
     frame = ranking(folder)
-    partial = folder / f".{RANKING}.partial"
-    frame.to_csv(partial)
-    os.replace(partial, folder / RANKING)
+    write_atomically(folder / RANKING, frame.to_csv())
     _keep_best(frame, folder)
     return frame
 
