@@ -20,7 +20,7 @@ PLUGINS := $(wildcard plugins/*/pyproject.toml)
 	touch $@
 
 demo: install
-	$(BIN)/gluonts-peft demo --out $(OUT) --jobs $(JOBS) $(if $(DATA),--data $(DATA))
+	$(BIN)/gluonts-peft demo --out $(OUT) --jobs $(JOBS) $(if $(DATA),--data $(DATA)) $(if $(PATIENTS),--patients $(PATIENTS))
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90 -q

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,11 +110,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Detection:
-    """What :func:`detect` says of a series: its scores, the threshold, and the events above it."""
+    """What :func:`detect` says of a series: its scores, the threshold, the events above it, and the first step that was
+    judged, behind the calibration part.
+    """
 
     scores: Scores
     threshold: float
     events: list[Event]
+    begin: int = 0
 
 
 def detect(
@@ -158,7 +161,8 @@ def detect(
             "calibration is missing: a threshold needs a part without anomalies; name its steps, its share of each"
             " series, or a clean dataset"
         )
-    common: dict[str, Any] = dict(method=method, smoothing=smoothing, **options)
+    smooth([], smoothing)  # Refused before the work rather than after it.
+    common: dict[str, Any] = dict(method=method, **options)
     limit = None
     if isinstance(calibration, np.integer):
         calibration = int(calibration)
@@ -167,7 +171,7 @@ def detect(
             raise ValueError(f"calibration {calibration} is neither a share between 0 and 1 nor a number of steps")
         first: int | float = calibration
     else:
-        clean = np.concatenate([found.values for found in score(model, calibration, **common)])
+        clean = np.concatenate([smooth(found.values, smoothing) for found in score(model, calibration, **common)])
         limit = _threshold(clean, threshold, "the calibration dataset")
     detections = []
     for found in score(model, dataset, **common):
@@ -179,11 +183,14 @@ def detect(
                 raise ValueError(
                     f"calibration {first} leaves nothing of series {found.item_id!r}, which has {length} steps"
                 )
-            level = _threshold(found.values[:begin], threshold, f"the calibration part of series {found.item_id!r}")
-        late = found.values.copy()
+            # By itself: a mean over its end would look at what comes after.
+            clean = smooth(found.values[:begin], smoothing)
+            level = _threshold(clean, threshold, f"the calibration part of series {found.item_id!r}")
+        scores = Scores(found.item_id, found.start, smooth(found.values, smoothing))
+        late = scores.values.copy()
         late[:begin] = np.nan
-        events = find_events(Scores(found.item_id, found.start, late), level, merge=merge, min_length=min_length)
-        detections.append(Detection(found, level, events))
+        events = find_events(replace(scores, values=late), level, merge=merge, min_length=min_length)
+        detections.append(Detection(scores, level, events, begin))
     return detections
 
 
@@ -450,6 +457,8 @@ def _threshold(scores: Floats, spec: str | Mapping[str, Any], where: str) -> flo
     for option in options:
         if option not in known:
             raise ValueError(unknown(f"threshold {name!r}: option", option, known))
+        if isinstance(options[option], bool) or not isinstance(options[option], int | float):
+            raise ValueError(f"threshold {name!r}: {option} {options[option]!r} is not a number")
     clean = scores[~np.isnan(scores)]
     if len(clean) < LEAST_CALIBRATION:
         raise ValueError(
@@ -570,7 +579,8 @@ def write_detections(
             span = [period.to_timestamp() for period in (event.start, event.end)]
             found.append((scores.item_id, *span, event.last - event.first + 1, event.peak, detection.threshold))
         times = scores.index.to_timestamp()
-        columns = dict(timestamp=times, target=entry["target"], score=scores.values, threshold=detection.threshold)
+        target = np.asarray(entry["target"])
+        columns = dict(timestamp=times, target=target, score=scores.values, threshold=detection.threshold)
         points.append(pd.DataFrame({"item_id": scores.item_id, **columns, "event": inside}))
     names = ["item_id", "start", "end", "steps", "peak", "threshold"]
     figure = _plot(detections[:plots], entries)
@@ -590,7 +600,7 @@ def _plot(detections: Sequence[Detection], entries: Sequence[Mapping[str, Any]])
     for detection, entry, above, below in zip(detections, entries, axes[::2], axes[1::2], strict=False):
         times = detection.scores.index.to_timestamp()
         above.plot(times, entry["target"], color="black", linewidth=0.7)
-        above.set_title(detection.scores.item_id, loc="left", fontsize="medium")
+        above.set_title(detection.scores.item_id, loc="left", fontsize="medium", parse_math=False)
         below.plot(times, detection.scores.values, color="tab:blue", linewidth=0.7)
         below.axhline(detection.threshold, color="tab:red", linewidth=0.7, linestyle="--")
         below.set_ylabel("score")
@@ -630,8 +640,9 @@ def evaluate(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     from sklearn.metrics import average_precision_score, roc_auc_score
 
     values, truth = _checked(scores, labels)
-    measures = (roc_auc_score, average_precision_score, _best_f1, _adjusted_best_f1)
-    return {name: float(measure(truth, values)) for name, measure in zip(QUALITY, measures, strict=True)}
+    measures = (roc_auc_score, average_precision_score, _best_f1)
+    found = [float(measure(truth, values)) for measure in measures]
+    return dict(zip(QUALITY, (*found, adjusted_best_f1(scores, labels)), strict=True))
 
 
 def best_f1(scores: ArrayLike, labels: ArrayLike) -> float:
@@ -653,8 +664,17 @@ def adjusted_best_f1(scores: ArrayLike, labels: ArrayLike) -> float:
 
     Parameters and errors as :func:`evaluate`.
     """
-    values, truth = _checked(scores, labels)
-    return _adjusted_best_f1(truth, values)
+    from .imputation import runs
+
+    _, truth = _checked(scores, labels)
+    adjusted = np.array(scores, float)
+    kept = ~np.isnan(adjusted)
+    # Stretches of the whole series: a point without a score parts them all the same.
+    for begin, end in runs(np.asarray(labels) == 1):
+        part = slice(begin, end)
+        if kept[part].any():
+            adjusted[part][kept[part]] = adjusted[part][kept[part]].max()
+    return _best_f1(truth, adjusted[kept])
 
 
 def _best_f1(truth: NDArray[np.bool_], values: Floats) -> float:
@@ -662,15 +682,6 @@ def _best_f1(truth: NDArray[np.bool_], values: Floats) -> float:
 
     precision, recall, _ = precision_recall_curve(truth, values)
     return float(np.max(2.0 * precision * recall / np.maximum(precision + recall, 1e-12)))
-
-
-def _adjusted_best_f1(truth: NDArray[np.bool_], values: Floats) -> float:
-    from .imputation import runs
-
-    adjusted = values.copy()
-    for begin, end in runs(truth):
-        adjusted[begin:end] = values[begin:end].max()
-    return _best_f1(truth, adjusted)
 
 
 def window_hits(events: Sequence[Event], windows: Iterable[tuple[int, int]]) -> dict[str, int]:

@@ -448,7 +448,10 @@ def backtest(
     adapter = predictor.backbone.adapter
     scores = {"zero-shot" if adapter is None else "model": score(predictor, dataset, num_samples=num_samples, **common)}
     if baselines:
-        if adapter is not None:
+        if predictor.backbone.untrained:
+            name = predictor.backbone.source.checkpoint
+            _say(f"{name} brings no forecasting head: there is no zero-shot to compare with")
+        elif adapter is not None:
             adapter.detach()
             scores["zero-shot"] = score(predictor, dataset, num_samples=num_samples, **common)
         for name, steps in {"last value": 1, f"seasonal naive ({season})": season}.items():
@@ -496,11 +499,13 @@ def detect(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} is in use; name a new folder")
 
+    import numpy as np
+
     from .anomaly import QUALITY, evaluate, write_detections
     from .anomaly import detect as find
     from .data import read_dataset
 
-    columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp)
+    columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp, dtype=np.float64)
     if model is None and horizon is None and method in ("auto", "reconstruction", "visible") and _reconstructs(family):
         horizon = 1
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
@@ -510,6 +515,11 @@ def detect(
         number = _number(calibration)
         clean = read_dataset(Path(calibration), target=target, **columns) if number is None else number
     truth = None if labels is None else read_dataset(data, target=labels, **columns)
+    for label in truth or ():
+        if len(wrong := label["target"][~np.isin(label["target"], (0, 1))]):
+            raise ValueError(
+                f"labels hold {wrong[0]:g} in series {label['item_id']!r}; give 1 for an anomaly and 0 else"
+            )
     found = find(
         predictor,
         dataset,
@@ -522,12 +532,14 @@ def detect(
         stride=stride,
         progress=sys.stderr.isatty(),
     )
+    write_detections(found, dataset, out)
     quality = []
     for each, label in zip(found, truth, strict=True) if truth else ():
-        # A series without anomalies is nothing to measure by.
-        scored = evaluate(each.scores.values, label["target"]) if label["target"].any() else {}
+        judged, marks = each.scores.values[each.begin :], label["target"][each.begin :]
+        # A series without anomalies, or with nothing else, is nothing to measure by.
+        both = 0 < marks[~np.isnan(judged)].astype(bool).sum() < (~np.isnan(judged)).sum()
+        scored = evaluate(judged, marks) if both else {}
         quality.append((each.scores.item_id, *(f"{scored[name]:.3f}" if scored else "-" for name in QUALITY)))
-    write_detections(found, dataset, out)
     rows = [
         (
             each.scores.item_id,
@@ -542,7 +554,7 @@ def detect(
     ]
     _table(("item_id", "start", "end", "steps", "peak", "threshold"), rows, f"{len(rows)} events", right=3)
     if quality:
-        _table(("item_id", *QUALITY), quality, right=1)
+        _table(("item_id", *QUALITY), quality, "scores behind the calibration part", right=1)
     _say(f"scores, events and plot: {out}")
 
 
@@ -579,6 +591,8 @@ def impute(
     overwrite: Overwrite = False,
 ) -> None:
     """Fill the gaps of each series of DATA; observed values stay as they are."""
+    import numpy as np
+
     from .data import read_dataset, writable
     from .imputation import impute as fill
     from .imputation import write_imputed
@@ -587,10 +601,11 @@ def impute(
     if model is None:
         family = family or "moment"
     predictor = _predictor(model, family, checkpoint, None if model is not None else 1, context, device)
-    dataset = read_dataset(data, freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
+    columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
+    dataset = read_dataset(data, **columns, dtype=np.float64)
     filled = fill(predictor, dataset, max_gap=max_gap, unfillable=unfillable, progress=sys.stderr.isatty())
-    columns = (item_id or "item_id", timestamp, target)
-    table = write_imputed(dataset, filled, out, overwrite=overwrite, columns=columns)
+    names = (item_id or "item_id", timestamp, target)
+    table = write_imputed(dataset, filled, out, overwrite=overwrite, columns=names)
     left = int(table[target].isna().sum())
     _say(f"{int(table['imputed'].sum())} values of {len(dataset)} series filled, {left} left missing: {out}")
 
@@ -609,12 +624,17 @@ def study(
 ) -> None:
     """Run the trials of a study; a second run continues the first."""
     if dry_run:
+        if ray or address is not None:
+            named = "--ray" if address is None else f"--address {address}"
+            raise ValueError(f"{named} does not go with --dry-run, which measures on this machine; leave one out")
         return _estimate_study(spec, out, jobs, dict(map(_override, set_ or ())))
     executor = _on_ray(out, jobs, address) if ray or address is not None else {}
     _run_study(spec, out, jobs, dict(map(_override, set_ or ())), **executor)
 
 
 def _estimate_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any]) -> None:
+    if jobs < 1:
+        raise ValueError(f"--jobs {jobs} is not positive; name the number of trials at the same time")
     from .trials import estimate, load_study
 
     found = estimate(load_study(spec, overrides), out)
@@ -646,12 +666,19 @@ def demo(
     data: Annotated[Path | None, typer.Option(help="Hourly vitals (.parquet) in place of simulated ones.")] = None,
     out: Report = Path("runs/demo"),
     jobs: Jobs = 1,
+    patients: Annotated[
+        Path | None, typer.Option(help="Table of the patient of each stay in --data, as eICU's patient.csv.gz.")
+    ] = None,
     spec: Annotated[Path, typer.Option("--study", help="The study.")] = Path("examples/demo.yaml"),
 ) -> None:
     """Compare every adapter with zero-shot and full tuning on vital signs; run it in a checkout of the project."""
     if not spec.is_file():
         raise FileNotFoundError(f"--study {spec} does not exist; run in a checkout of the project, or name the file")
+    if patients is not None and data is None:
+        raise ValueError(f"--patients {patients} says whose the stays of --data are; name that too, or leave it out")
     real = {"data.source": "hourly", "data.path": str(data), "prediction_length": 12, "context_length": 72}
+    if patients is not None:
+        real["data.patients"] = str(patients)
     _run_study(spec, out, jobs, {} if data is None else real)
 
 
@@ -676,12 +703,14 @@ def search(
 ) -> None:
     """Let Ray Tune choose among the trials of a search; a second run continues the first.
 
-    At the end OUT/ranking.csv has the trials, the best first, and OUT/best is the best one's predictor.
+    At the end OUT/ranking.csv has the trials, the best first, and OUT/best is the best one's predictor; a warning says
+    if that is no better than zero-shot.
     """
     if serial and address is not None:
         raise ValueError(f"--serial does not go with --address {address}; leave one out")
     from .trials import load_search, print_ranking
     from .trials import search as run_search
+    from .trials.records import not_helped
 
     overrides = dict(map(_override, set_ or ()))
     wanted = load_search(spec, overrides)
@@ -690,7 +719,7 @@ def search(
     _say(f"ranking: {out / 'ranking.csv'}")
     finished = ranking["status"].isin(["finished", "stopped"])
     if (ranking["status"] == "finished").any():
-        _say(f"best predictor: {out / 'best'}")
+        _say(f"best predictor: {out / 'best'}{' (no better than zero-shot)' if not_helped(ranking) else ''}")
     if not finished.all():
         lost = len(ranking) - finished.sum()
         first = ranking["error"].dropna().head(1)

@@ -31,6 +31,8 @@ _log = logging.getLogger(__name__)
 _CSV = (".csv", ".csv.gz")
 _GLUONTS = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".arrow", ".feather")
 _KNOWN = (*_CSV, ".parquet", *_GLUONTS)
+# Files of a folder that say something about the data.
+_ABOUT = ("metadata.json", "manifest.json")
 _MISSING = ("", "NA", "N/A", "#N/A", "<NA>", "NaN", "nan", "null", "NULL", "None")
 _MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 _DAYS = ("MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN")
@@ -49,6 +51,7 @@ def read_dataset(
     item_id: str | None = "item_id",
     timestamp: str = "timestamp",
     target: str = "target",
+    dtype: type[np.floating[Any]] = np.float32,
 ) -> list[DataEntry]:
     """Read a dataset from a long table or from GluonTS files.
 
@@ -72,12 +75,15 @@ def read_dataset(
         Column with the time stamps.
     target
         Column with the values.
+    dtype
+        Type of the targets of a table: ``numpy.float64`` keeps its numbers as they are. Models work with float32, which
+        GluonTS files are always read as.
 
     Returns
     -------
     list[DataEntry]
         Sorted by ``item_id`` as a string, then by ``start``: dictionaries with ``start`` (``pd.Period``), ``target``
-        (float32, shape ``(time,)``, NaN is missing) and ``item_id`` (str). Entries of GluonTS files keep their other
+        (``dtype``, shape ``(time,)``, NaN is missing) and ``item_id`` (str). Entries of GluonTS files keep their other
         fields.
 
     Raises
@@ -133,7 +139,7 @@ def read_dataset(
             keep_default_na=False,
             low_memory=False,
         )
-    return _entries(frame, path, freq, item_id, timestamp, target)
+    return _entries(frame, path, freq, item_id, timestamp, target, dtype)
 
 
 def write_forecasts(
@@ -289,7 +295,7 @@ def _columns(path: Path, suffix: str) -> list[str]:
 
 
 def _entries(
-    frame: Any, path: Path, freq: str | None, item_id: str | None, timestamp: str, target: str
+    frame: Any, path: Path, freq: str | None, item_id: str | None, timestamp: str, target: str, dtype: Any
 ) -> list[DataEntry]:
     if not len(frame):
         raise ValueError(f"path '{path}' holds no rows; give a table with at least one")
@@ -318,7 +324,7 @@ def _entries(
     positions = _positions(codes, items, times, firsts, freq, origin)
     lengths = positions[np.append(firsts[1:], len(codes)) - 1] + 1
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    grid = np.full(offsets[-1], np.nan, dtype=np.float32)
+    grid = np.full(offsets[-1], np.nan, dtype=dtype)
     grid[offsets[codes] + positions] = values
     if len(grid) > len(values):
         _log.info("'%s': %d missing time stamps filled with NaN at freq %s", path, len(grid) - len(values), freq)
@@ -376,7 +382,7 @@ def _check_duplicates(codes: Any, items: Any, times: Any, path: Path) -> None:
         )
 
 
-def _values(column: Any, path: Path, name: str, items: Any, times: Any) -> NDArray[np.float32]:
+def _values(column: Any, path: Path, name: str, items: Any, times: Any) -> NDArray[np.float64]:
     numbers = pd.to_numeric(column, errors="coerce")
     bad = np.flatnonzero((numbers.isna() & column.notna()).to_numpy())
     if pd.api.types.is_datetime64_any_dtype(column) or pd.api.types.is_bool_dtype(column):
@@ -387,9 +393,9 @@ def _values(column: Any, path: Path, name: str, items: Any, times: Any) -> NDArr
             f"{str(column.iloc[bad[0]])!r}, which is not a number ({len(bad)} such rows); "
             "leave missing values empty, or name another column"
         )
+    values: NDArray[np.float64] = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
     with np.errstate(over="ignore"):
-        values: NDArray[np.float32] = numbers.to_numpy(dtype=np.float64, na_value=np.nan).astype(np.float32)
-    infinite = np.flatnonzero(np.isinf(values))
+        infinite = np.flatnonzero(np.isinf(values.astype(np.float32)))
     if len(infinite):
         first = infinite[0]
         raise ValueError(
@@ -585,7 +591,7 @@ def _files_of(folder: Path) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.is_file() and file.name != "metadata.json" and not file.name.startswith(".")
+        if file.is_file() and file.name not in _ABOUT and not file.name.startswith(".")
     )
     known = [file for file in files if _suffix(file, (".parquet", *_GLUONTS)) is not None]
     if len(known) < len(files):

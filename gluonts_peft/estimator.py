@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,8 +20,8 @@ from gluonts.model.estimator import Estimator
 from . import __version__
 from .backbone import Backbone
 from .predictor import PeftPredictor
-from .registry import get_adapter, unknown
-from .tasks import parse_tasks
+from .registry import adapter_names, get_adapter, unknown
+from .tasks import Joint, parse_tasks
 from .training import Fit, TrainingOptions, TuningDidNotHelp, fit, resolve_device
 from .windows import SeriesStore, Skipped, Windows
 
@@ -73,7 +76,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         Options of the family.
     tasks
         Several tasks to train for at once, see :func:`gluonts_peft.tasks.parse_tasks`; None trains for forecasts of
-        ``prediction_length`` steps. The gate then scores all of them together, and ``fit.tasks`` each.
+        ``prediction_length`` steps. The gate then scores all of them together, relative to zero-shot, and ``fit.tasks``
+        each; where the checkpoint brings no forecasting head, a task that got worse is a warning.
     progress
         Show a progress bar.
     trainer_kwargs
@@ -190,9 +194,10 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         training_data
             Where training windows are drawn from.
         validation_data
-            Its last windows decide the best epoch and the zero-shot gate. If None, the last ``prediction_length``
-            steps of each training series are held out for this and not trained on. Adapters that score themselves,
-            such as ``trace``, hold out further steps before these.
+            Its last windows decide the best epoch and the zero-shot gate. If None, the labels of the last
+            ``validation_windows`` windows of each training series are held out for this and not trained on, with a task
+            ``reconstruct`` their histories too. Adapters that score themselves, such as ``trace``, set further windows
+            apart before these.
         ckpt_path
             Training checkpoint to go on from, or ``"last"``: that of ``folder`` if there is one.
 
@@ -208,10 +213,16 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         TuningDidNotHelp
             If ``gate="raise"`` and tuning did not beat zero-shot.
         """
+        from .imputation import require_reconstruct
+
         backbone = self.load_backbone()
+        if self.tasks is not None and self.tasks.history:
+            require_reconstruct(backbone)
         adapter = get_adapter(_with_head(self.adapter, backbone))
         store = self._store(training_data, "training", backbone)
-        held_out = self.prediction_length if validation_data is None else 0
+        held_out = self.prediction_length * self.validation_windows if validation_data is None else 0
+        if held_out and self.tasks is not None and self.tasks.history:
+            held_out += backbone.context_length
         lengths: dict[str, Any] = {
             "context_length": backbone.past_length,
             "prediction_length": self.prediction_length,
@@ -227,11 +238,21 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         validation = list(
             held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
         )
-        joint, before = self.tasks, {}
+        joint, before, levels = self.tasks, {}, adapter.head_levels
+        score = None
         if joint is not None:
+            if joint.history and adapter_names(adapter.spec) == {"head"}:
+                raise ValueError(
+                    f"adapter {adapter!r} trains the forecasting head alone, which has no part in the task"
+                    " 'reconstruct'; add another, e.g. ['lora', 'head'], or leave the task out"
+                )
             backbone.to(resolve_device(self.options.device))
-            before = joint.scores(backbone, validation)
-            joint = joint.scaled(before)
+            before = joint.scores(backbone, validation, levels, forecasts=not backbone.untrained)
+            # Losses of a new head and of the model's own differ in kind.
+            own = {} if levels is None else joint.scores(backbone, validation, levels, forecasts=False)
+            joint = joint.scaled(before if levels is None else own)
+            if before and not (backbone.untrained and joint.forecasts):
+                score = partial(_relative, joint, backbone, validation, levels, before)
         result = fit(
             backbone,
             adapter,
@@ -243,14 +264,20 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             progress=self.progress,
             trainer_kwargs=self.trainer_kwargs,
             loss=joint,
+            score=score,
         )
         if joint is not None:
-            after = joint.scores(backbone, validation)
-            scores = {name: {"before": before[name], "after": after[name]} for name in before}
-            result = replace(result, tasks=scores)
-            if backbone.untrained and joint.forecasts:
-                # What was scored before is an untrained head.
+            names, diverged = [task.name for task in joint.tasks], not math.isfinite(result.gate.tuned)
+            after = dict.fromkeys(names, math.inf) if diverged else joint.scores(backbone, validation, levels)
+            scores = {name: {"before": before[name]} if name in before else {} for name in after}
+            result = replace(result, tasks={name: {**scores[name], "after": after[name]} for name in after})
+            if score is None:
+                # There was no head to forecast with before.
                 result = replace(result, gate=replace(result.gate, zero_shot=None))
+                for name, earlier in before.items():
+                    if not after[name] < earlier:
+                        worse = f"no better than before: loss {earlier:.5g} before, {after[name]:.5g} after"
+                        warnings.warn(TuningDidNotHelp(f"adapter {adapter!r}, task {name!r}: {worse}"), stacklevel=2)
         return self._hand_over(backbone, adapter, result)
 
     def _hand_over(self, backbone: Backbone, adapter: Adapter, result: Fit) -> PeftPredictor:
@@ -282,8 +309,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
 
 def _with_head(spec: Any, backbone: Backbone) -> Any:
     """Add the head to an adapter where the checkpoint brings none: it has to be trained whatever else is."""
-    parts = spec if isinstance(spec, list) else [spec]
-    names = {part if isinstance(part, str) else part["name"] for part in parts}
+    parts, names = spec if isinstance(spec, list) else [spec], adapter_names(spec)
     if "head" not in backbone.untrained or names & {"head", "full"}:
         return spec
     if names == {"none"}:
@@ -293,6 +319,16 @@ def _with_head(spec: Any, backbone: Backbone) -> Any:
         )
     logger.info("checkpoint %r has no forecasting head: it is trained along with %s", backbone.source.checkpoint, spec)
     return [*parts, "head"]
+
+
+def _relative(
+    joint: Joint,
+    backbone: Backbone,
+    validation: Sequence[Mapping[str, Any]],
+    levels: Sequence[float] | None,
+    before: Mapping[str, float],
+) -> float:
+    return joint.relative(joint.scores(backbone, validation, levels), before)
 
 
 def _report(name: str, skipped: Skipped) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .data import writable, write_table
-from .registry import get_adapter, unknown
+from .registry import adapter_names, get_adapter, unknown
 from .training import fit, to_device
 from .windows import SeriesStore, Windows
 
@@ -107,6 +107,8 @@ class Reconstruction:
     """
 
     mask_ratio: float = 0.3
+    # What it judges lies in the history of a window.
+    history: ClassVar[bool] = True
 
     def __call__(self, backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
         generator = None if backbone.training else torch.Generator().manual_seed(0)
@@ -155,9 +157,10 @@ def train_reconstruction(
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out {held_out} is not a share between 0 and 1")
     adapter = get_adapter(estimator.adapter)
-    if adapter.name == "head":
+    if "head" in adapter_names(estimator.adapter):
         raise ValueError(
-            "adapter 'head' trains the forecasting head, which has no part in reconstruction; name another, e.g. 'lora'"
+            f"adapter {adapter!r} trains a forecasting head, which has no part in reconstruction; name another without"
+            " one, e.g. 'lora'"
         )
     if validation_data is None:
         entries = list(training_data)
@@ -287,7 +290,8 @@ def impute(
             target, first = filled[series[row]], last[row] - width
             steps = np.arange(begins[row], ends[row])
             steps = steps[wanted[store.offsets[series[row]] + steps]]
-            target[steps] = window[steps - first]
+            # By way of their shortest decimals, that float64 does not show digits which nobody computed.
+            target[steps] = window[steps - first].astype(str).astype(target.dtype)
     return [{**entry, "target": target} for entry, target in zip(entries, filled, strict=True)]
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Entry",
     "Registry",
+    "adapter_names",
     "adapters",
     "families",
     "get_adapter",
@@ -141,6 +142,12 @@ def list_adapters() -> list[str]:
 def get_estimator(name: str) -> Any:
     """Return the estimator class of a model family, e.g. ``get_estimator("chronos")(prediction_length=12)``."""
     return families.get(name)
+
+
+def adapter_names(spec: Any) -> set[str]:
+    """Return the names in an adapter's spec: one, or those of a hybrid's parts."""
+    parts = spec if isinstance(spec, list) else [spec]
+    return {part if isinstance(part, str) else part["name"] for part in parts}
 
 
 def get_adapter(spec: str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]], **options: Any) -> Adapter:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .heads import forecast_error
 from .registry import unknown
 from .training import mean_loss
 
@@ -44,9 +45,13 @@ class ForecastLoss:
     prediction_length: int
 
     def __call__(self, backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
-        observed = batch["future_observed_values"].clone()
+        return backbone.loss(self.shortened(batch))
+
+    def shortened(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch in which nothing beyond the first steps of a label was observed."""
+        observed = torch.as_tensor(batch["future_observed_values"]).clone()
         observed[:, self.prediction_length :] = 0.0
-        return backbone.loss({**batch, "future_observed_values": observed})
+        return {**batch, "future_observed_values": observed}
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Task:
     rate
         How often the task is drawn, relative to the others.
     scale
-        Loss of the task before tuning, so that a weight means the same whatever the unit of a loss.
+        Loss of the task before tuning, so that a weight means the same whatever the unit of a loss; 1 for forecasts by
+        a head that is yet to be trained, whose errors count in standard deviations.
     """
 
     name: str
@@ -79,7 +85,7 @@ class Joint:
     """The loss of several tasks, for :func:`gluonts_peft.training.fit`.
 
     In training it is that of one task, drawn by the rates with torch's random numbers. Otherwise it is the mean over
-    all tasks, weighted by weight x rate: 1 for the model before tuning.
+    all tasks, weighted by weight x rate: 1 for the model before tuning, if it has its own head.
     """
 
     tasks: tuple[Task, ...]
@@ -101,12 +107,51 @@ class Joint:
         ]
         return torch.stack(terms).sum(0)
 
-    def scores(self, backbone: Backbone, validation: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """Return the mean loss of each task over validation batches, in the task's own unit."""
-        return {task.name: mean_loss(backbone, validation, task.loss) for task in self.tasks}
+    @property
+    def history(self) -> bool:
+        """Whether any of the tasks judges the history of a window."""
+        return any(getattr(task.loss, "history", False) for task in self.tasks)
+
+    def scores(
+        self,
+        backbone: Backbone,
+        validation: Sequence[Mapping[str, Any]],
+        levels: Sequence[float] | None = None,
+        *,
+        forecasts: bool = True,
+    ) -> dict[str, float]:
+        """Return what each task scores over validation batches, lower is better: its mean loss.
+
+        Parameters
+        ----------
+        backbone, validation
+            What to score, and on what.
+        levels
+            Quantile levels of a new head, which may be attached or not: forecasts are then scored by
+            :func:`gluonts_peft.heads.forecast_error`, the same for both.
+        forecasts
+            Whether there is a head to forecast with; else these tasks are left out.
+        """
+        found = {}
+        for task in self.tasks:
+            if isinstance(task.loss, ForecastLoss):
+                if forecasts and levels is None:
+                    found[task.name] = mean_loss(backbone, validation, task.loss)
+                elif forecasts and levels is not None:
+                    found[task.name] = forecast_error(backbone, [task.loss.shortened(b) for b in validation], levels)
+            else:
+                found[task.name] = mean_loss(backbone, validation, task.loss)
+        return found
+
+    def relative(self, scores: Mapping[str, float], before: Mapping[str, float]) -> float:
+        """Return the mean over tasks of their scores relative to those before, weighted by weight x rate."""
+        shares = {task.name: task.weight * task.rate for task in self.tasks if task.name in before}
+        # A task that is solved already keeps its unit.
+        terms = [share * scores[name] / (before[name] or 1.0) for name, share in shares.items()]
+        return math.fsum(terms) / math.fsum(shares.values())
 
     def scaled(self, scores: Mapping[str, float]) -> Joint:
-        """Return the same tasks, with what they score before tuning as their scale.
+        """Return the same tasks, with what they score before tuning as their scale, if they are among the scores.
 
         Raises
         ------
@@ -116,8 +161,7 @@ class Joint:
         for name, score in scores.items():
             if not math.isfinite(score):
                 raise ValueError(f"task {name!r} has loss {score} before tuning; look for extreme values in the data")
-        # A task that is solved already keeps its unit.
-        return Joint(tuple(replace(task, scale=scores[task.name] or 1.0) for task in self.tasks))
+        return Joint(tuple(replace(task, scale=scores.get(task.name) or 1.0) for task in self.tasks))
 
 
 def parse_tasks(tasks: Sequence[Mapping[str, Any]], prediction_length: int) -> Joint:

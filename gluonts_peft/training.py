@@ -122,8 +122,9 @@ class Gate:
     windows
         Number of validation windows.
     measure
-        What is scored: ``"loss"``, the training loss of the family, or ``"forecast error"`` where a new head took the
-        place of the model's own, so that their losses differ in kind; see :func:`gluonts_peft.heads.forecast_error`.
+        What is scored: ``"loss"``, the training loss of the family; ``"forecast error"`` where a new head took the
+        place of the model's own, so that their losses differ in kind, see :func:`gluonts_peft.heads.forecast_error`;
+        ``"score of all tasks"``, see :meth:`gluonts_peft.tasks.Joint.relative`.
     """
 
     zero_shot: float | None
@@ -213,6 +214,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         windows: Windows | FeatureCache,
         options: TrainingOptions,
         rate: float,
+        updates: int,
         loss: Loss | None = None,
     ) -> None:
         super().__init__()
@@ -222,6 +224,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         self.windows = windows
         self.options = options
         self.rate = rate
+        self.updates = updates
         self.strict_loading = False
 
     def training_step(self, _: Any, index: int) -> Tensor:
@@ -233,8 +236,14 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         penalty = self.adapter.penalty()
         return loss if penalty is None else loss + penalty
 
+    def on_train_start(self) -> None:
+        self._done = self.global_step
+
     def on_train_batch_end(self, *_: Any) -> None:
-        self.adapter.after_step(self.global_step - 1)
+        # Where gradients accumulate, an update comes after several batches.
+        if self.global_step > self._done:
+            self._done = self.global_step
+            self.adapter.after_step(self._done - 1)
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         losses = _losses(self.backbone, batch, self.loss)
@@ -243,9 +252,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
     def configure_optimizers(self) -> Any:
         options = self.options
         optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=self.rate, weight_decay=options.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: _rate(step, options.total_steps, options.warmup)
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, self.updates, options.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> Any:
@@ -382,6 +389,7 @@ def fit(
     progress: bool = True,
     trainer_kwargs: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
+    score: Callable[[], float] | None = None,
 ) -> Fit:
     """Attach an adapter to a backbone and train it; the weights of the best epoch are kept.
 
@@ -392,8 +400,8 @@ def fit(
     adapter
         Not attached yet.
     windows
-        Where training windows are drawn from. For an adapter that asks for ``scoring_windows``, the last windows of its
-        series are held out.
+        Where training windows are drawn from. For an adapter that asks for ``scoring_windows``, windows at the ends of
+        its series are set apart, see :meth:`gluonts_peft.windows.Windows.hold_out`.
     validation
         Batches of validation windows.
     options
@@ -408,7 +416,11 @@ def fit(
         Further arguments of ``lightning.pytorch.Trainer``; its ``callbacks`` are added to ours.
     loss
         Another loss than the family's own: takes the backbone and a batch, gives the loss of each window. It is known
-        again by its ``repr`` when a run is resumed.
+        again by its ``repr`` when a run is resumed. If it has an attribute ``history`` that is true, it judges the
+        history of a window and not only its label.
+    score
+        What the gate compares, lower is better, in place of the mean loss: called before the adapter is attached, and
+        after the training.
 
     Raises
     ------
@@ -421,20 +433,28 @@ def fit(
     levels = adapter.head_levels
 
     def validate() -> float:
+        if score is not None:
+            return score()
         return mean_loss(backbone, validation, loss) if levels is None else forecast_error(backbone, validation, levels)
 
-    zero_shot = None if backbone.untrained and (loss is None or levels is not None) else validate()
-    measure = "loss" if levels is None else "forecast error"
+    unknown = score is None and backbone.untrained and (loss is None or levels is not None)
+    zero_shot = None if unknown else validate()
+    measure = "score of all tasks" if score is not None else "loss" if levels is None else "forecast error"
     count = sum(len(batch["past_target"]) for batch in validation)
     rate = adapter.learning_rate if options.learning_rate is None else options.learning_rate
     with _seeded(options.seed, device):
         adapter.attach(backbone)
         if adapter.num_parameters() == 0:
             return Fit(Gate(zero_shot, math.inf if zero_shot is None else zero_shot, count), 0, 0, 0.0, 0.0)
-        adapter.prepare(options.total_steps)
-        scoring: list[Mapping[str, Any]] = []
+        extra = dict(trainer_kwargs or {})
+        updates = options.max_epochs * math.ceil(
+            options.num_batches_per_epoch / int(extra.get("accumulate_grad_batches", 1))
+        )
+        adapter.prepare(updates)
+        given, scoring = windows, list[Mapping[str, Any]]()
         if adapter.scoring_windows:
-            windows, scoring = _hold_out(windows, adapter.scoring_windows)
+            windows, apart = windows.hold_out(adapter.scoring_windows, getattr(loss, "history", False))
+            scoring = list(apart)
             adapter.score_on(
                 [to_device(batch, device) for batch in scoring], lambda batch: _losses(backbone, batch, loss)
             )
@@ -445,7 +465,7 @@ def fit(
             "data": windows.store.fingerprint(),
             "validation": _digest(validation),
             "windows": {
-                name: getattr(windows, name)
+                name: getattr(given, name)
                 for name in ("context_length", "prediction_length", "min_context", "holdout", "seed")
             },
             "options": {**asdict(options), "learning_rate": rate, "device": device.type},
@@ -454,7 +474,6 @@ def fit(
         }
         path, start = _checkpoints(folder, ckpt_path, run)
         keeper = _Keeper(adapter, path, run, options.patience)
-        extra = dict(trainer_kwargs or {})
         callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
         if progress:
             callbacks.append(_Bar(options.total_steps, repr(adapter)))
@@ -475,7 +494,7 @@ def fit(
             )
         if caches:
             shown = with_features(backbone, validation)
-        module = _Module(backbone, adapter, kept or windows, options, rate, loss).train()
+        module = _Module(backbone, adapter, kept or windows, options, rate, updates, loss).train()
         with _quiet_lightning():
             trainer = pl.Trainer(
                 **{
@@ -513,22 +532,6 @@ def fit(
     gate = Gate(zero_shot, tuned, count, measure)
     steps, report = trainer.global_step, adapter.report()
     return Fit(gate, len(keeper.history), steps, keeper.seconds, rate, keeper.history, report)
-
-
-def _hold_out(windows: Windows, wanted: int) -> tuple[Windows, list[Mapping[str, Any]]]:
-    """Return windows that leave out the ends of their series, and batches of the windows there, about as many as asked.
-
-    Few series give several windows each, which overlap; no more than a quarter of the longest series goes to them.
-    """
-    steps = windows.prediction_length
-    distance = max(1, steps // 4, windows.context_length // 8)
-    room = max(0, int(windows.store.lengths.max()) // 4 - steps) // distance
-    count = min(math.ceil(wanted / len(windows.store)), 1 + room)
-    last = windows.last(windows=count, distance=distance, max_windows=wanted)
-    names = ("context_length", "prediction_length", "min_context", "seed", "time_features")
-    holdout = windows.holdout + steps + (count - 1) * distance
-    rest = Windows(windows.store, holdout=holdout, **{name: getattr(windows, name) for name in names})
-    return rest, list(last)
 
 
 def _checkpoints(

@@ -365,9 +365,9 @@ class Windows:
         Steps from the cut on, H.
     min_context : int
         Fewest steps of a series, observed or missing, before a cut.
-    holdout : int
-        Steps at the end of every series that no window touches. To validate on the last window of each series, train
-        on ``holdout=prediction_length`` and validate on `last` of windows without a holdout.
+    holdout : int or ndarray of int64, shape (series,)
+        Steps at the end of every series, or of each, that no window touches. To validate on the last window of each
+        series, train on ``holdout=prediction_length`` and validate on `last` of windows without a holdout.
     seed : int
         Seed of `sample`.
     time_features : sequence of str
@@ -406,7 +406,7 @@ class Windows:
         context_length: int,
         prediction_length: int,
         min_context: int = 1,
-        holdout: int = 0,
+        holdout: int | Integers = 0,
         seed: int = 0,
         time_features: Sequence[str] = (),
     ) -> None:
@@ -415,18 +415,19 @@ class Windows:
         self.context_length = _integer("context_length", context_length, 1)
         self.prediction_length = _integer("prediction_length", prediction_length, 1)
         self.min_context = _integer("min_context", min_context, 1)
-        self.holdout = _integer("holdout", holdout, 0)
+        self.holdout = holdout if isinstance(holdout, np.ndarray) else _integer("holdout", holdout, 0)
         self.seed = _integer("seed", seed, 0)
 
         last_cut = store.lengths - self.holdout - self.prediction_length
         # Cuts up to the first observed value have an empty context, those past the last one an empty label.
         low = np.maximum(self.min_context, store.edges[:, 0] + 1)
-        counts = np.minimum(last_cut, store.edges[:, 1]) - low + 1
+        counts: Integers = np.minimum(last_cut, store.edges[:, 1]) - low + 1
         self._series: Integers = np.flatnonzero(counts > 0)
         too_short = int((last_cut < self.min_context).sum())
         self.skipped = Skipped(len(store), too_short, len(store) - too_short - len(self._series))
         if not len(self._series):
             raise ValueError(f"no series is left, {self.skipped}; {self._remedy()}")
+        self._counts = counts
         self._ends: Integers = np.cumsum(counts[self._series])
         # Cut = ticket + shift, where tickets number the windows of all series in one row.
         self._shifts: Integers = low[self._series] - self._ends + counts[self._series]
@@ -570,6 +571,44 @@ class Windows:
             series, cuts = series[chosen], cuts[chosen]
         return LastWindows(self, series, cuts, skipped, batch_size)
 
+    def hold_out(self, count: int, history: bool = False) -> tuple[Windows, LastWindows]:
+        """Set windows apart at the ends of series, and return windows that do not touch them.
+
+        No series loses all its windows. Each gives up at most a tenth of them, if that is not enough a quarter, at last
+        half; long series give several that overlap by three quarters, and as many as each other where they can.
+
+        Parameters
+        ----------
+        count : int
+            How many to set apart; there are fewer where the series are too short.
+        history : bool
+            Whether the context is set apart as well as the label.
+
+        Returns
+        -------
+        Windows, LastWindows
+            What is left to draw from, and what was set apart; of this, windows with nothing observed are left out.
+        """
+        span = self.prediction_length + (self.context_length if history else 0)
+        distance = max(1, span // 4)
+        taken: Integers = np.zeros(len(self.store), np.int64)
+        for share in (10, 4, 2):
+            room = np.maximum(self._counts, 0) // share
+            most = np.where(room >= span, 1 + (room - span) // distance, 0)
+            taken = _evenly(most, _integer("count", count, 1))
+            if taken.sum() == count:
+                break
+        held = np.where(taken > 0, span + (taken - 1) * distance, 0)
+        series = np.repeat(np.arange(len(taken)), taken)
+        turn = np.arange(len(series)) - np.repeat(np.cumsum(taken) - taken, taken)
+        cuts = (self.store.lengths - self.holdout - self.prediction_length)[series]
+        cuts = cuts - distance * (taken[series] - 1 - turn)
+        good = self._admissible(self._gather(series, cuts)[1]) if len(cuts) else np.zeros(0, bool)
+        skipped = Skipped(len(cuts), 0, len(cuts) - int(good.sum()), unit="windows")
+        names = ("context_length", "prediction_length", "min_context", "seed", "time_features")
+        rest = Windows(self.store, holdout=self.holdout + held, **{name: getattr(self, name) for name in names})
+        return rest, LastWindows(self, series[good], cuts[good], skipped, 256)
+
     def _draw(self, step: int, batch_size: int) -> tuple[Integers, Integers, Floats, NDArray[np.bool_]]:
         step, batch_size = _integer("step", step, 0), _integer("batch_size", batch_size, 1)
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, step])))
@@ -632,12 +671,28 @@ class Windows:
         return max(1, _CHUNK // len(self._steps))
 
     def _remedy(self) -> str:
-        needed = self.min_context + self.prediction_length + self.holdout
+        held = int(np.min(self.holdout))
+        needed = self.min_context + self.prediction_length + held
         return (
             f"a window needs min_context={self.min_context} + prediction_length={self.prediction_length} + "
-            f"holdout={self.holdout}, {needed} steps, and the longest series has {self.store.lengths.max()}: lower one "
+            f"holdout={held}, {needed} steps, and the longest series has {self.store.lengths.max()}: lower one "
             "of them or give longer series with observed values"
         )
+
+
+def _evenly(most: Integers, wanted: int) -> Integers:
+    """Return how many each gives: ``wanted`` in all if they can, at most ``most``, else as many as each other; of those
+    that could give one more, every so many-th does.
+    """
+    level = 0
+    while np.minimum(most, level + 1).sum() <= wanted and level < most.max(initial=0):
+        level += 1
+    taken: Integers = np.minimum(most, level)
+    more = np.flatnonzero(most > level)
+    rest = min(wanted - int(taken.sum()), len(more))
+    if rest > 0:
+        taken[more[np.arange(rest) * len(more) // rest]] += 1
+    return taken
 
 
 class LastWindows:

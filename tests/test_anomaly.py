@@ -191,6 +191,20 @@ def test_events_come_after_the_calibration_part(moment: Backbone, calibration: A
     assert best.peak == np.nanmax(found.scores.values[600:])
 
 
+@pytest.mark.parametrize("smoothing", [1, 25])
+def test_what_follows_the_calibration_part_does_not_move_the_threshold(bolt: Backbone, smoothing: int) -> None:
+    values = daily(800).copy()
+    later = values.copy()
+    later[400:430] += 40.0
+    common: dict[str, Any] = dict(calibration=400, method="residual", smoothing=smoothing)
+    [clean], [strange] = (detect(bolt, [entry(each)], **common) for each in (values, later))
+    assert strange.begin == 400
+    # The deviation of the whole series is the least spread; the rest of a score is of its own steps.
+    assert strange.threshold <= clean.threshold
+    assert strange.events[0].first >= 400
+    np.testing.assert_array_equal(strange.scores.values, smooth(score(bolt, [entry(later)])[0].values, smoothing))
+
+
 def test_a_clean_dataset_calibrates_all_series_alike(moment: Backbone) -> None:
     clean = [entry(daily(300, seed), str(seed)) for seed in range(2)]
     dataset = [entry(shifted(400, 200, 12, seed)[0], str(seed)) for seed in range(3)]
@@ -291,6 +305,27 @@ def f1_by_hand(scores: Any, labels: Any, adjust: bool) -> float:
         hits = (found & labels).sum()
         best = max(best, 2 * hits / (found.sum() + labels.sum()))
     return best
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_stretches_that_only_points_without_a_score_part_are_two(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(0, 20, 60).astype(float), rng.random(60) < 0.6
+    labels[:2] = [True, False]
+    scores[rng.random(60) < 0.3] = np.nan
+    scores[0] = 5.0
+    kept = ~np.isnan(scores)
+    found = np.where(kept, scores, -1.0)
+    best = 0.0
+    for level in np.unique(scores[kept]):
+        above = found >= level
+        for begin in np.flatnonzero(labels & ~np.append(False, labels[:-1])):
+            end = begin + int(np.append(labels[begin:], False).argmin())
+            above[begin:end] |= above[begin:end].any()
+        above, truth = above[kept], labels[kept]
+        best = max(best, 2 * (above & truth).sum() / (above.sum() + truth.sum()))
+    assert adjusted_best_f1(scores, labels) == pytest.approx(best)
+    assert evaluate(scores, labels)["adjusted_best_f1"] == pytest.approx(best)
 
 
 @pytest.mark.parametrize("seed", range(5))

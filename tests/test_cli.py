@@ -544,6 +544,34 @@ def test_backtest_puts_zero_shot_and_naive_beside_the_model(data: Path, model: P
     assert list(pd.read_csv(out)["model"]) == ["model"]
 
 
+def test_backtest_of_a_checkpoint_without_a_head_leaves_zero_shot_out(data: Path, tmp_path: Path) -> None:
+    ok("fit", data, "--family", "moment", "--adapter", "head", *SHORT, "--out", tmp_path / "model")
+    output = ok("backtest", data, "--model", tmp_path / "model")
+    assert output.startswith("moment-nano brings no forecasting head: there is no zero-shot to compare with\n")
+    header = next(line for line in output.splitlines() if "metric" in line)
+    assert [cell.strip() for cell in header.strip("┃").split("┃")] == [
+        "metric",
+        "model",
+        "last value",
+        "seasonal naive (24)",
+    ]
+
+
+def test_labels_in_the_calibration_part_or_in_a_gap_are_nothing_to_measure_by(ward: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(ward)
+    steps = table.groupby("item_id").cumcount()
+    # Of a, one in the calibration part; of b, one where nothing was observed.
+    table["strange"] = ((table["item_id"] == "a") & (steps == 10) | (table["item_id"] == "b") & (steps == 500)).astype(
+        int
+    )
+    path = tmp_path / "labelled.csv"
+    table.to_csv(path, index=False)
+    common = ["--family", "moment", "--calibration", "0.5", "--labels", "strange"]
+    quality = [row for row in cells(ok("detect", path, *common, "--out", tmp_path / "out")) if len(row) == 5]
+    assert quality == [["a", "-", "-", "-", "-"], ["b", "-", "-", "-", "-"]]
+    assert names(tmp_path / "out") == {"scores.csv", "events.csv", "plot.png"}
+
+
 def test_backtest_of_zero_shot_needs_no_model(data: Path, tmp_path: Path) -> None:
     header = ok("backtest", data, "--horizon", "6", "--family", "chronos", "--seasonality", "12")
     assert "┃ metric" in header
@@ -706,6 +734,15 @@ def test_a_dry_run_shows_the_trials_and_runs_none(tmp_path: Path) -> None:
     ok("study", spec, "--out", out)
     again = ok("study", spec, "--out", out, "--dry-run")
     assert again.endswith("2 trials, 0 of them to run\n")
+    for arguments, message in [
+        (("--ray",), "--ray does not go with --dry-run, which measures on this machine; leave one out"),
+        (("--address", "1.2.3.4:5"), "--address 1.2.3.4:5 does not go with --dry-run, which measures on this machine"),
+        (("--jobs", "0"), "--jobs 0 is not positive; name the number of trials at the same time"),
+    ]:
+        refused = run("study", spec, "--out", tmp_path / "new", "--dry-run", *arguments)
+        assert refused.exit_code == 2
+        assert f"error: {message}" in refused.stderr
+    assert not (tmp_path / "new").exists()
 
 
 def test_failed_trials_exit_1_after_the_report(trials: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -727,6 +764,11 @@ def test_demo_on_real_data_is_a_study_that_can_be_used(trials: list[Any], tmp_pa
     base = load_study(*trials[0]).base
     assert (base["data"]["source"], base["data"]["path"]) == ("hourly", "hourly.parquet")
     assert (base["prediction_length"], base["context_length"]) == (12, 72)
+    assert "patients" not in base["data"]
+    ok("demo", "--study", spec, "--data", "hourly.parquet", "--patients", "patient.csv.gz", "--out", tmp_path)
+    assert load_study(*trials[2]).base["data"]["patients"] == "patient.csv.gz"
+    sentence = "--patients patient.csv.gz says whose the stays of --data are; name that too, or leave it out"
+    assert refused("demo", "--study", spec, "--patients", "patient.csv.gz") == sentence
 
 
 @pytest.fixture(scope="module")
@@ -768,6 +810,7 @@ def test_detect_prints_events_and_writes_scores_and_plot(ward: Path, tmp_path: P
         [row[0], row[1], row[4]] for row in events
     ]
     # Only one of the series has anomalies.
+    assert "scores behind the calibration part" in output
     assert quality[0] == ["a", "-", "-", "-", "-"]
     assert quality[1][0] == "b"
     assert float(quality[1][1]) > 0.99
@@ -817,8 +860,7 @@ def test_impute_fills_gaps_and_leaves_the_rest(ward: Path, tmp_path: Path) -> No
     before, after = pd.read_csv(ward), pd.read_csv(out)
     missing = before["target"].isna()
     assert after["imputed"].tolist() == missing.tolist()
-    # The numbers of a table are read as float32.
-    assert (after["target"][~missing] == before["target"][~missing].astype("float32").astype(str).astype(float)).all()
+    assert (after["target"][~missing] == before["target"][~missing]).all()
     assert after["target"].between(35, 90).all()
     assert refused("impute", ward, "--out", out).startswith(f"path '{out}' exists; give another one")
     output = run("impute", ward, "--out", out, "--overwrite", "--max-gap", "2", "--unfillable", "keep")

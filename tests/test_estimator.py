@@ -329,6 +329,15 @@ def test_without_validation_data_the_last_steps_are_held_out(monkeypatch: pytest
     assert np.array_equal(labels, np.stack([entry["target"][-6:] for entry in DATA]))
 
 
+def test_no_label_of_several_validation_windows_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = spy_on_fit(monkeypatch)
+    make_estimator(adapter="none", validation_windows=3).train(DATA)
+    assert seen["windows"].holdout == 18
+    labels = np.concatenate([batch["future_target"] for batch in seen["validation"]])
+    expected = [entry["target"][begin : begin + 6] for entry in DATA for begin in (62, 68, 74)]
+    assert np.array_equal(labels, np.stack(expected))
+
+
 def test_with_validation_data_nothing_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = spy_on_fit(monkeypatch)
     other = make_dataset(count=3, seed=5)

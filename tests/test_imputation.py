@@ -315,7 +315,8 @@ def test_the_gate_of_reconstruction_falls_back() -> None:
 @pytest.mark.parametrize(
     ("adapter", "options", "sentence"),
     [
-        ("head", {}, "adapter 'head' trains the forecasting head, which has no part in reconstruction; name another"),
+        ("head", {}, "adapter head trains a forecasting head, which has no part in reconstruction; name another"),
+        (["lora", {"name": "head", "kind": "pooling"}], {}, "adapter lora + head(kind='pooling') trains a"),
         ("lora", {"held_out": 1.0}, "held_out 1.0 is not a share between 0 and 1"),
         ("lora", {"mask_ratio": 2.0}, "mask_ratio 2.0 is not a share between 0 and 1"),
     ],

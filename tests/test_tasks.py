@@ -15,8 +15,9 @@ import pytest
 import torch
 from gluonts.model.predictor import Predictor
 
-from gluonts_peft import get_adapter, get_estimator, load_backbone
+from gluonts_peft import TuningDidNotHelp, get_adapter, get_estimator, load_backbone
 from gluonts_peft.tasks import ForecastLoss, Joint, parse_tasks
+from gluonts_peft.windows import Windows
 
 HORIZON = 16
 TASKS: list[dict[str, Any]] = [
@@ -34,7 +35,7 @@ def moment(**options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def joint(make_dataset):
-    return moment().train(make_dataset(12, 160))
+    return moment(max_epochs=8).train(make_dataset(12, 320))
 
 
 @pytest.mark.parametrize("checkpoint", ["bolt-nano", "t5-nano", "chronos2-nano"])
@@ -80,8 +81,12 @@ def test_one_adapter_learns_all_tasks_and_is_stored_once(joint, make_dataset, tm
     assert joint.gate.zero_shot is None  # the checkpoint brings no forecasting head
     scores = joint.fit.tasks
     assert list(scores) == [f"forecast {HORIZON}", "next", "reconstruct"]
-    for score in scores.values():
-        assert score["after"] < score["before"]
+    # There was no forecast before.
+    assert [list(score) for score in scores.values()] == [["after"], ["after"], ["before", "after"]]
+    relative = scores["reconstruct"]["after"] / scores["reconstruct"]["before"]
+    total = scores[f"forecast {HORIZON}"]["after"] + 2.0 * scores["next"]["after"] + 0.5 * relative
+    assert joint.gate.tuned == pytest.approx(total / 3.5)
+    assert scores["reconstruct"]["after"] < scores["reconstruct"]["before"]
 
     data = make_dataset(3, 120, seed=1)
     long = list(joint.predict(data))
@@ -101,8 +106,8 @@ def test_one_adapter_learns_all_tasks_and_is_stored_once(joint, make_dataset, tm
 
 
 def test_the_same_seed_gives_the_same_weights(joint, make_dataset):
-    again = moment().train(make_dataset(12, 160))
-    other = moment(seed=1).train(make_dataset(12, 160))
+    again = moment(max_epochs=8).train(make_dataset(12, 320))
+    other = moment(seed=1).train(make_dataset(12, 320))
     state, same, different = (each.backbone.adapter.state_dict() for each in (joint, again, other))
     assert all(torch.equal(state[name], same[name]) for name in state)
     assert any(not torch.equal(state[name], different[name]) for name in state)
@@ -111,12 +116,61 @@ def test_the_same_seed_gives_the_same_weights(joint, make_dataset):
 
 def test_a_task_that_is_not_trained_for_does_not_move(make_dataset):
     """Reconstruction alone leaves the forecasting head at its start."""
-    predictor = moment(tasks=[{"task": "reconstruct"}], adapter="lora").train(make_dataset(12, 160))
+    predictor = moment(tasks=[{"task": "reconstruct"}], adapter="lora").train(make_dataset(12, 320))
     assert list(predictor.fit.tasks) == ["reconstruct"]
     assert predictor.gate.zero_shot == pytest.approx(1.0)
     assert predictor.fit.tasks["reconstruct"]["after"] < predictor.fit.tasks["reconstruct"]["before"]
     head = predictor.backbone.network.forecast_head
     assert all(not parameter.any() for parameter in head.parameters())
+
+
+def test_histories_that_are_judged_are_not_trained_on(make_dataset, monkeypatch):
+    """Noise cannot be learnt: what seems so was trained on."""
+    seen = []
+    sample = Windows.sample
+
+    def spy(self, step, batch_size):
+        seen.append(self.holdout)
+        return sample(self, step, batch_size)
+
+    monkeypatch.setattr(Windows, "sample", spy)
+    moment(tasks=[{"task": "reconstruct"}], adapter="lora", validation_windows=2).train(make_dataset(4, 320))
+    assert set(seen) == {2 * HORIZON + 64}
+    moment(tasks=TASKS[:2], validation_windows=2).train(make_dataset(4, 320))
+    assert set(seen[30:]) == {2 * HORIZON}
+
+
+def test_the_gate_scores_all_tasks_with_a_new_head_too(make_dataset):
+    """Tuned for forecasts alone, MOMENT's reconstruction gets worse, and that is said."""
+    tasks = [{"weight": 1.0}, {"task": "reconstruct", "rate": 1e-6}]
+    estimator = moment(adapter=["lora", {"name": "head", "kind": "linear"}], tasks=tasks)
+    with pytest.warns(TuningDidNotHelp, match="task 'reconstruct': no better than before: loss .* before, .* after"):
+        predictor = estimator.train(make_dataset(12, 320))
+    scores = predictor.fit.tasks
+    assert scores["reconstruct"]["after"] > scores["reconstruct"]["before"]
+    assert "before" not in scores[f"forecast {HORIZON}"]
+
+
+def test_a_new_head_is_compared_task_by_task_with_the_models_own(make_dataset):
+    head = {"name": "head", "kind": "linear", "output": "quantile"}
+    tasks = [{"prediction_length": 8, "weight": 3.0}, {"prediction_length": 2}]
+    data = make_dataset(12, 160)
+    predictor = get_estimator("chronos")(
+        prediction_length=8, checkpoint="bolt-nano", adapter=["lora", head], tasks=tasks, gate="keep", **QUICK
+    ).train(data)
+    scores = predictor.fit.tasks
+    changes = [scores[name]["after"] / scores[name]["before"] for name in ("forecast 8", "forecast 2")]
+    assert predictor.gate.zero_shot == pytest.approx(1.0)
+    assert predictor.gate.tuned == pytest.approx((3 * changes[0] + changes[1]) / 4)
+    assert predictor.gate.measure == "score of all tasks"
+    # The same measure on both sides: an untrained head that saw some steps is worse, and not by orders of magnitude.
+    assert all(0.5 < change < 10 for change in changes)
+
+
+@pytest.mark.parametrize("adapter", ["head", {"name": "head", "kind": "projection"}])
+def test_a_head_alone_has_no_part_in_reconstruction(make_dataset, adapter):
+    with pytest.raises(ValueError, match="trains the forecasting head alone, which has no part in the task 'reconst"):
+        moment(adapter=adapter).train(make_dataset(4, 320))
 
 
 def test_without_tasks_nothing_is_recorded(make_dataset):
@@ -161,8 +215,8 @@ def test_a_joint_loss_names_itself_so_that_a_run_is_known_again():
 
 
 def test_adapters_other_than_lora_take_tasks_too(make_dataset):
-    predictor = moment(adapter=["layernorm", "head"], tasks=TASKS[:2]).train(make_dataset(12, 160))
-    assert predictor.fit.tasks["next"]["after"] < predictor.fit.tasks["next"]["before"]
+    predictor = moment(adapter=["layernorm", "head"], tasks=TASKS[:2]).train(make_dataset(12, 320))
+    assert predictor.fit.tasks["next"]["after"] < predictor.fit.tasks[f"forecast {HORIZON}"]["after"]
     assert {part.name for part in predictor.backbone.adapter.parts} == {"layernorm", "head"}
     assert get_adapter(["layernorm", "head"]).spec == predictor.backbone.adapter.spec
 

@@ -367,7 +367,7 @@ def stored_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"adapter": {"name": "lora", "r": 3}}, None, "adapter differ ('lora' there, {'name': 'lora', 'r': 3} here)"),
         ({"min_context": 5}, None, "windows differ (min_context: 8 there, 5 here)"),
         ({"context_length": 16}, None, "validation, windows differ"),
-        ({"validation_windows": 2}, None, "validation differ ("),
+        ({"validation_windows": 2}, None, "validation, windows differ ("),
         ({}, make_dataset(seed=1), "data, validation differ ("),
         ({}, make_dataset(count=11), "data, validation differ ("),
     ],

@@ -591,6 +591,69 @@ def test_last_windows_equal_a_loop(store, dataset, count, distance, options):
         np.testing.assert_array_equal(np.concatenate([batch[name] for batch in second]), values)
 
 
+def held_out_steps(windows: Windows, apart: Any) -> list[set[int]]:
+    """Return the steps of each series that the labels of the windows cover."""
+    steps: list[set[int]] = [set() for _ in range(len(windows.store))]
+    for series, cut in zip(apart.series.tolist(), apart.cuts.tolist(), strict=True):
+        steps[series] |= set(range(cut, cut + windows.prediction_length))
+    return steps
+
+
+def test_long_series_give_the_windows_that_are_set_apart():
+    store = SeriesStore.from_dataset([{"target": range(4000)}, *[{"target": range(200)} for _ in range(20)]])
+    windows = Windows(store, context_length=72, prediction_length=24, min_context=24, holdout=24)
+    rest, apart = windows.hold_out(50)
+    assert len(apart) == 50
+    assert set(apart.series.tolist()) == {0}
+    assert apart.cuts[-1] == 4000 - 24 - 24
+    assert np.diff(apart.cuts).tolist() == [6] * 49
+    # None of the others loses anything, and nothing that was set apart is drawn.
+    assert rest.skipped.too_short == 0
+    assert rest.holdout.tolist() == [24 + 24 + 49 * 6] + [24] * 20
+    series, cuts = rest.pairs(0, 50_000)
+    assert cuts[series == 0].max() + 24 == apart.cuts[0]
+    assert cuts[series > 0].max() + 24 == 200 - 24
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 300])
+@pytest.mark.parametrize("history", [False, True])
+def test_what_is_set_apart_is_not_drawn_and_no_series_is_lost(count, history):
+    rng = np.random.default_rng(count)
+    lengths = [30, 45, 60, 61, 90, 120, 150, 400]
+    store = SeriesStore.from_dataset([{"target": rng.normal(size=length)} for length in lengths])
+    windows = Windows(store, context_length=20, prediction_length=5, min_context=8)
+    rest, apart = windows.hold_out(count, history)
+    assert 0 < len(apart) <= count
+    assert rest.skipped == windows.skipped
+    begins = [min(steps, default=10**9) - (20 if history else 0) for steps in held_out_steps(windows, apart)]
+    series, cuts = rest.pairs(0, 20_000)
+    assert all(cut + 5 <= begins[each] for each, cut in zip(series.tolist(), cuts.tolist(), strict=True))
+    # Half of the training windows of a series at most.
+    kept = np.bincount(series, minlength=len(lengths)) > 0
+    assert kept.all()
+    for each, length in enumerate(lengths):
+        assert len(set(cuts[series == each].tolist())) >= (length - 5 - 8 + 1) // 2
+
+
+def test_series_give_as_many_as_each_other_and_few_of_many_give_one():
+    store = SeriesStore.from_dataset([{"target": range(1000)} for _ in range(7)])
+    windows = Windows(store, context_length=10, prediction_length=8)
+    assert np.bincount(windows.hold_out(64)[1].series).tolist() == [10, 9, 9, 9, 9, 9, 9]
+    many = SeriesStore.from_dataset([{"target": range(300)} for _ in range(100)])
+    rest, apart = Windows(many, context_length=10, prediction_length=8).hold_out(20)
+    assert apart.series.tolist() == list(range(0, 100, 5))
+    assert (rest.holdout > 0).sum() == 20
+
+
+def test_windows_without_observations_are_not_set_apart():
+    target = np.arange(200.0)
+    target[-20:] = np.nan
+    store = SeriesStore.from_dataset([{"target": target}, {"target": range(200)}])
+    _, apart = Windows(store, context_length=10, prediction_length=4).hold_out(10)
+    assert set(apart.series.tolist()) == {1}
+    assert apart.skipped.all_missing == 5
+
+
 def test_last_windows_continue_where_a_holdout_begins():
     store = SeriesStore.from_dataset([{"target": np.arange(30)}, {"target": np.arange(100, 125)}])
     training = Windows(store, context_length=5, prediction_length=4, holdout=4)

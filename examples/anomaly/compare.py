@@ -181,9 +181,9 @@ def compare(series: Labelled, methods: dict[str, Callable[[Labelled], Any]]) -> 
         start = time.perf_counter()
         found = method(series)
         values, note = found if isinstance(found, tuple) else (found, "")
-        values = smooth(values, SMOOTHING)
-        limit = threshold(values[: series.clean], THRESHOLD)
-        values = np.where(late, values, np.nan)
+        # By itself: a mean over its end would look at what comes after.
+        limit = threshold(smooth(values[: series.clean], SMOOTHING), THRESHOLD)
+        values = np.where(late, smooth(values, SMOOTHING), np.nan)
         events = find_events(Scores(series.name, series.entry["start"], values), limit, merge=CONTEXT // 4)
         top = int(np.nanargmax(values))
         yield {

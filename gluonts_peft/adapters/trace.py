@@ -279,13 +279,13 @@ class Trace(PeftAdapter):
         self._folded = None
 
     def _importance(self, candidates: Tensor, budget: int) -> tuple[Tensor, Tensor]:
-        """Return the importance of each module and its standard error, shape ``(modules,)``."""
-        count = len(candidates)
+        """Return the importance of each module and its standard error, NaN if unknown, shape ``(modules,)``."""
+        count, none = len(candidates), torch.full((len(candidates),), torch.nan)
         if self.settings.selection == "random":
-            return torch.rand(count), torch.zeros(count)
+            return torch.rand(count), none
         gates = [layer.gate for layer in self._gated.values()]
         if self.settings.selection == "magnitude":
-            return torch.stack([gate.detach().abs().cpu() for gate in gates]), torch.zeros(count)
+            return torch.stack([gate.detach().abs().cpu() for gate in gates]), none
         if self._loss is None:
             raise AdapterError("adapter 'trace' has no held-out windows to score on; hand them over with score_on()")
         masks = self._masks(candidates, self._simulated(int(candidates.sum()), budget))
@@ -304,9 +304,10 @@ class Trace(PeftAdapter):
         finally:
             self._switch(before)
         self._cost[1] += len(masks)
-        times = masks.sum(0).clamp(min=1)
-        mean = (found * masks).sum(0) / times
-        variance = ((found - mean).square() * masks).sum(0) / (times - 1).clamp(min=1)
+        times = masks.sum(0)
+        mean = (found * masks).sum(0) / times.clamp(min=1)
+        # Of one simulation nothing can be said: 0 / 0 is NaN.
+        variance = ((found - mean).square() * masks).sum(0) / (times - 1).clamp(min=0)
         return mean, (variance / times).sqrt()
 
     def _masks(self, candidates: Tensor, on: int) -> Tensor:
@@ -380,14 +381,17 @@ class Trace(PeftAdapter):
     def report(self) -> dict[str, Any]:
         """Return the modules, what each round found of them, and what the selection cost.
 
-        ``rounds`` holds for each round the importance of the modules, its standard error, and which were on after it,
-        in the order of ``modules``.
+        ``rounds`` holds for each round the importance of the modules, its standard error (None of fewer than two
+        simulations), and which were on after it, in the order of ``modules``.
         """
         if not self._names:
             return {}
         names = list(self._log)
         rounds = [
-            {name: value.tolist() for name, value in zip(names, values, strict=True)}
+            {
+                name: [None if number != number else number for number in value.tolist()]
+                for name, value in zip(names, values, strict=True)
+            }
             for values in zip(*self._log.values(), strict=True)
         ]
         cost = {"seconds": self._cost[0], "backward_passes": int(self._cost[1])}

@@ -258,10 +258,11 @@ def _expected(trials: list[TrialSpec]) -> dict[str, Any]:
     from .run import load_data
 
     relative = {
-        f"data.path '{data.path}' is relative"
+        f"data.{name} '{path}' is relative"
         for trial in trials
         for data in (trial.data, *trial.also.values())
-        if data.path is not None and not Path(data.path).is_absolute()
+        for name, path in (("path", data.path), ("patients", data.patients))
+        if isinstance(path, str) and not Path(path).is_absolute()
     }
     kinds = {(trial.family, trial.checkpoint): _kind(trial) for trial in trials if trial.family != BASELINE}
     relative |= {
@@ -287,6 +288,12 @@ def _kind(trial: TrialSpec) -> str:
     from ..registry import get_estimator
 
     return parse(trial.checkpoint, bundled=get_estimator(trial.family).backbone_class.bundled()).kind
+
+
+def base_fingerprints(trials: Iterable[TrialSpec]) -> dict[str, str]:
+    """Return the fingerprint of the pretrained weights of each family and checkpoint of some trials."""
+    wanted = sorted({(trial.family, trial.checkpoint) for trial in trials if trial.family != BASELINE})
+    return {f"{family} {name}": _base_fingerprint(family, name) for family, name in wanted}
 
 
 def _base_fingerprint(family: str, name: str) -> str:

@@ -91,7 +91,7 @@ def draw_parameters(points: pd.DataFrame, levels: Mapping[str, float], what: str
         axis.axhline(level, color=theme.text, lw=1, ls="--")
         axis.annotate(
             name, (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
-            textcoords="offset points", fontsize=8, color=theme.text,
+            textcoords="offset points", fontsize=8, color=theme.text, parse_math=False,
         )  # fmt: skip
     axis.set_xlabel("trainable parameters", color=theme.text, fontsize=9)
     axis.set_ylabel(what, color=theme.text, fontsize=9)
@@ -138,14 +138,15 @@ def draw_curve(curve: Curve, what: str, theme: Theme) -> Any:
         axis.axhline(level, color=theme.text, lw=1, ls="--")
         axis.annotate(
             name, (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
-            textcoords="offset points", fontsize=8, color=theme.text,
+            textcoords="offset points", fontsize=8, color=theme.text, parse_math=False,
         )  # fmt: skip
     axis.set_xticks(range(len(values)), ["all" if value == np.inf else f"{value:g}" for value in values])
-    axis.set_xlabel(curve.option, color=theme.text, fontsize=9)
+    axis.set_xlabel(curve.option, color=theme.text, fontsize=9, parse_math=False)
     axis.set_ylabel(what, color=theme.text, fontsize=9)
     legend = axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for text in legend.get_texts():
         text.set_color(theme.text)
+        text.set_parse_math(False)
     return figure
 
 
@@ -156,7 +157,7 @@ def draw_costs(costs: pd.DataFrame, theme: Theme) -> Any:
     for axis, name in zip(axes[0], costs.columns, strict=True):
         axis.barh(np.arange(count), costs[name].to_numpy(float), color=theme.accent, height=0.65)
         axis.set_xlabel(name, color=theme.text, fontsize=9)
-    axes[0, 0].set_yticks(np.arange(count), list(map(str, costs.index)))
+    axes[0, 0].set_yticks(np.arange(count), list(map(str, costs.index)), parse_math=False)
     axes[0, 0].invert_yaxis()
     return figure
 
@@ -178,7 +179,7 @@ def _label_points(axis: Any, names: list[str], x: Any, y: Any, theme: Theme) -> 
         for dx, dy, side in places:
             note = axis.annotate(
                 name, (a, b), xytext=(dx, dy), textcoords="offset points", ha=side, va="center", fontsize=8,
-                color=theme.text,
+                color=theme.text, parse_math=False,
             )  # fmt: skip
             box = note.get_window_extent()
             hidden = sum(box.overlaps(other) for other in taken) + sum(box.padded(2).contains(*p) for p in points)
@@ -206,11 +207,11 @@ def draw_forecasts(shown: Examples, theme: Theme) -> Any:
             axis = axes[row, column]
             unit = _paint(axis, example, theme)
             if row == 0:
-                axis.set_title(method, fontsize=9, color=theme.text)
+                axis.set_title(method, fontsize=9, color=theme.text, parse_math=False)
             if row == count - 1:
                 axis.set_xlabel(unit, fontsize=8, color=theme.text)
             if column == 0:
-                axis.set_ylabel(example["item_id"], fontsize=8, color=theme.text)
+                axis.set_ylabel(example["item_id"], fontsize=8, color=theme.text, parse_math=False)
                 _limit(axis, [shown[name][row] for name in shown])
     return figure
 
@@ -223,12 +224,13 @@ def draw_extremes(shown: Examples, theme: Theme) -> Any:
         for column, example in enumerate(examples[:count]):
             axis = axes[row, column]
             unit = _paint(axis, example, theme)
-            axis.set_title(f"{example['kind']}: {example['item_id']}, {example['MAE']:.3g}", fontsize=8)
+            title = f"{example['kind']}: {example['item_id']}, {example['MAE']:.3g}"
+            axis.set_title(title, fontsize=8, parse_math=False)
             axis.title.set_color(theme.text)
             if row == len(shown) - 1:
                 axis.set_xlabel(unit, fontsize=8, color=theme.text)
             if column == 0:
-                axis.set_ylabel(method, fontsize=8, color=theme.text)
+                axis.set_ylabel(method, fontsize=8, color=theme.text, parse_math=False)
             _limit(axis, [example])
     return figure
 

@@ -10,10 +10,10 @@ import statistics
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ Executor = Callable[[list[TrialSpec], Path, Callable[[list[TrialSpec]], None]], 
 __all__ = ["STUDY", "Estimate", "estimate", "expand", "read_study", "run_study", "trial_folder"]
 
 STUDY = "study.json"
+LOCK = ".lock"
 
 
 def expand(study: StudySpec) -> list[TrialSpec]:
@@ -73,30 +74,35 @@ def run_study(
     Raises
     ------
     ValueError
-        If ``jobs`` is not positive, the folder holds anything else, or the data have changed since trials were run.
+        If ``jobs`` is not positive, the folder holds anything else or is in use by a study that is running, or data or
+        pretrained weights have changed since trials were run.
     SpecError
-        If a result in the folder is damaged.
+        If an option of an adapter is unknown or data cannot be read, before anything is run or written; or if a result
+        in the folder is damaged.
     """
     if jobs < 1:
         raise ValueError(f"jobs {jobs} is not positive; name the number of trials at a time")
     folder = Path(folder)
     trials = expand(study)
-    _claim(folder, study, trials)
-    results = {trial.hash(): TrialResult.read(trial_folder(folder, trial)) for trial in trials}
-    done = [result for result in results.values() if result is not None and result.status == "finished"]
-    _check_data(folder, done)
-    finished = {result.spec.hash() for result in done}
-    todo = [trial for trial in trials if trial.hash() not in finished]
-    with _Bar(len(trials), len(done), enabled=progress) as bar:
-        if executor is not None:
-            running = executor(todo, folder, bar.show)
-        else:
-            running = _serial(todo, folder, bar) if jobs == 1 else _parallel(todo, folder, jobs, bar)
-        # Closing it at once lets workers end before an exception goes further.
-        with closing(running):
-            for new in running:
-                results[new.spec.hash()] = new
-                bar.advance()
+    _check_claim(folder, trials)
+    _check_usable(trials)
+    with locked(folder, "study"):
+        _claim(folder, study, trials)
+        results = {trial.hash(): TrialResult.read(trial_folder(folder, trial)) for trial in trials}
+        done = [result for result in results.values() if result is not None and result.status == "finished"]
+        _check_unchanged(folder, done)
+        finished = {result.spec.hash() for result in done}
+        todo = [trial for trial in trials if trial.hash() not in finished]
+        with _Bar(len(trials), len(done), enabled=progress) as bar:
+            if executor is not None:
+                running = executor(todo, folder, bar.show)
+            else:
+                running = _serial(todo, folder, bar) if jobs == 1 else _parallel(todo, folder, jobs, bar)
+            # Closing it at once lets workers end before an exception goes further.
+            with closing(running):
+                for new in running:
+                    results[new.spec.hash()] = new
+                    bar.advance()
     return [result for trial in trials if (result := results[trial.hash()]) is not None]
 
 
@@ -157,10 +163,13 @@ def estimate(study: StudySpec, folder: str | Path) -> Estimate:
     ------
     ValueError
         If the folder holds anything else, or a trial that is measured cannot run.
+    SpecError
+        If an option of an adapter is unknown or data cannot be read.
     """
     folder = Path(folder)
     trials = expand(study)
     _check_claim(folder, trials)
+    _check_usable(trials)
     results = {trial.hash(): TrialResult.read(trial_folder(folder, trial)) for trial in trials}
     cells: list[tuple[TrialSpec, str]]
     cells = [(trial, "to run" if (found := results[trial.hash()]) is None else found.status) for trial in trials]
@@ -201,7 +210,8 @@ def _measure(trial: TrialSpec, folder: Path) -> TrialResult:
     form = trial.normal_form()
     if trial.trains:
         form["training"] |= short
-    existed = folder.exists()
+    # The innermost first.
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix=".measured-", dir=folder) as place:
@@ -209,8 +219,8 @@ def _measure(trial: TrialSpec, folder: Path) -> TrialResult:
             run_trial(TrialSpec(**form), Path(place) / "first")
             return run_trial(TrialSpec(**form), Path(place) / "second")
     finally:
-        if not existed:
-            folder.rmdir()
+        for each in made:
+            each.rmdir()
 
 
 def _scaled(measured: TrialResult, trial: TrialSpec) -> float:
@@ -241,18 +251,66 @@ def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
             raise ValueError(
                 f"folder '{folder}' holds another study: of its trials {' and '.join(examples)}; name another folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise ValueError(f"folder '{folder}' is in use and holds no study; name a new or empty one")
 
 
-def _check_data(folder: Path, done: list[TrialResult]) -> None:
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keep other processes from running a study or search in a folder, which is made, for the time of the context."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            import fcntl
+
+            # The system takes it back when the process dies, however that happens.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError:
+            raise ValueError(f"folder '{folder}' is in use by a {what} that is running") from None
+        yield
+
+
+def _check_usable(trials: list[TrialSpec]) -> None:
+    """Make sure that adapters know their options and that data can be read, which a trial learns only when it runs."""
+    from ..registry import get_adapter
     from .run import load_data
 
-    for data, fingerprint in {(result.spec.data, result.data_fingerprint) for result in done}:
+    faults = []
+    for adapter in {json.dumps(trial.adapter): trial.adapter for trial in trials}.values():
+        try:
+            get_adapter(adapter)
+        except (ValueError, TypeError) as error:
+            faults.append(str(error))
+    for data in dict.fromkeys(data for trial in trials for data in (trial.data, *trial.also.values())):
+        try:
+            load_data(data)
+        except (OSError, ValueError) as error:
+            faults.append(f"data of source {data.source!r}: {error}")
+    if faults:
+        raise SpecError("study", faults)
+
+
+def _check_unchanged(folder: Path, done: list[TrialResult]) -> None:
+    from .cluster import base_fingerprints
+    from .run import load_data
+
+    used = {(result.spec.data, result.data_fingerprint) for result in done}
+    used |= {(data, result.also_fingerprints.get(name)) for result in done for name, data in result.spec.also.items()}
+    for data, fingerprint in used:
         if load_data(data).fingerprint != fingerprint:
             raise ValueError(
                 f"the data of trials in '{folder}' have changed since these were run; name another folder, or bring the"
                 f" earlier data back: {data!r}"
+            )
+    weights = base_fingerprints(result.spec for result in done)
+    for result in done:
+        name = f"{result.spec.family} {result.spec.checkpoint}"
+        if name in weights and (result.base or {}).get("fingerprint") != weights[name]:
+            raise ValueError(
+                f"the pretrained weights of trials in '{folder}' have changed since these were run ({name}); name"
+                " another folder, or bring the earlier weights back"
             )
 
 
@@ -304,8 +362,11 @@ def _pool(
         while waiting or running:
             # No more than can run at once, so that an interrupt leaves nothing queued behind it.
             while waiting and len(running) < workers:
-                trial = waiting.popleft()
-                running[executor.submit(_run, trial, folder)] = trial
+                try:
+                    running[executor.submit(_run, waiting[0], folder)] = waiting[0]
+                except BrokenProcessPool:
+                    return list(running.values())
+                waiting.popleft()
             bar.show(list(running.values()))
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:

@@ -145,8 +145,10 @@ def ranking(folder: str | Path) -> pd.DataFrame:
         by the scheduler, ``failed``, or ``missing``; ``pareto``, whether no other finished trial is better in one
         objective and no worse in all others; ``validation <metric>`` for each objective, which decides the order
         (several: front after front, then by the first), of a stopped trial the last one; what the trial has at each
-        path of the space; ``test <metric>`` for all metrics of the report, which decide nothing; ``trainable
-        parameters``, ``epochs``, ``seconds`` of training, ``folder`` of the trial, and ``error``.
+        path of the space; ``test <metric>`` for all metrics of the report, which decide nothing; ``zero-shot
+        loss``, ``tuned loss`` and ``gate passed``, whether tuning beat zero-shot on the validation windows of its
+        training, missing where nothing trains or the trial is not finished; ``trainable parameters``, ``epochs``,
+        ``seconds`` of training, ``folder`` of the trial, and ``error``.
 
     Raises
     ------
@@ -164,6 +166,7 @@ def ranking(folder: str | Path) -> pd.DataFrame:
         status = entry.status(result)
         scores = record.scores(spec.objective)
         trial = spec.trial(entry.values)
+        gate = (result.gate if result is not None else None) or {}
         tests = result.scores if result is not None and status == FINISHED else {}
         rows.append(
             {
@@ -173,6 +176,9 @@ def ranking(folder: str | Path) -> pd.DataFrame:
                 **{f"validation {name}": score for name, score in zip(spec.objective, scores, strict=True)},
                 **{path: value_at(trial, path) for path in spec.space},
                 **{f"test {name}": tests.get(column) for name, column in METRICS.items()},
+                "zero-shot loss": gate.get("zero_shot"),
+                "tuned loss": gate.get("tuned"),
+                "gate passed": gate.get("passed"),
                 "trainable parameters": result.trainable_parameters if result else None,
                 "epochs": result.epochs if status == FINISHED and result else record.last,
                 "seconds": result.seconds if result else None,
@@ -194,6 +200,18 @@ def ranking(folder: str | Path) -> pd.DataFrame:
         frame[name] = frame[name].astype("Int64") if len(frame) else None
     frame.index = pd.RangeIndex(1, len(frame) + 1, name="rank")
     return frame
+
+
+def not_helped(frame: pd.DataFrame) -> str | None:
+    """Return what there is to say if the best trial of a ranking is no better than zero-shot, else None."""
+    best = frame[frame["status"] == FINISHED].head(1)
+    if not best["gate passed"].eq(False).any():
+        return None
+    row = best.iloc[0]
+    return (
+        f"the best trial, {row['trial']}, is no better than zero-shot on the validation windows of its training: loss"
+        f" {cell(row['tuned loss'])}, zero-shot {cell(row['zero-shot loss'])}"
+    )
 
 
 def print_ranking(frame: pd.DataFrame, console: Console | None = None, limit: int = 20) -> None:
@@ -236,7 +254,7 @@ def _table(frame: pd.DataFrame, limit: int) -> Any:
 
 def cell(value: Any) -> str:
     if isinstance(value, bool):
-        return "yes" if value else ""
+        return "yes" if value else "no"
     if isinstance(value, dict | list):
         return describe_adapter(value) if _is_adapter(value) else json.dumps(value)
     if value is None or (not isinstance(value, str) and pd.isna(value)):

@@ -17,7 +17,7 @@ import pandas as pd
 from ..files import write_atomically
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
 from .grid import expand, read_study, trial_folder
-from .sections import Section, curves_of, rank_section, sections_of, tests_of
+from .sections import PLURAL, Section, curves_of, rank_section, sections_of, tests_of
 from .spec import StudySpec, TrialResult, TrialSpec
 from .tables import (
     ADAPTER,
@@ -122,13 +122,14 @@ def write_report(folder: str | Path) -> Path:
 
 
 def _where(trials: Iterable[TrialResult | TrialSpec]) -> str:
-    """Say whether the data are simulated."""
+    """Say where the data are from, and whether anybody ever had them."""
     specs = [trial if isinstance(trial, TrialSpec) else trial.spec for trial in trials]
     sources = sorted({spec.data.source for spec in specs})
-    if sources == ["simulated"]:
-        return "simulated data"
+    made = [source for source in sources if source in ("simulated", "synthetic")]
+    if made == sources:
+        return f"{' and '.join(made)} data"
     names = sorted({Path(spec.data.path).name for spec in specs if spec.data.path})
-    return "data: " + ", ".join([*names, *(["simulated"] if "simulated" in sources else [])])
+    return "data: " + ", ".join([*names, *made])
 
 
 class _View:
@@ -257,8 +258,10 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
         notes.append(
             "The data are simulated: no patient ever had these values, and nothing clinical follows from them."
         )
-    if any(trial.data.group == "patient" for trial in expected):
-        notes.append("Training, validation and test windows are of different patients.")
+    for unit in dict.fromkeys(result.unit() for result in finished):
+        note = f"Training, validation and test windows are of different {PLURAL[unit]}"
+        again = "; a patient may have several, in several parts" if unit == "stay" else ""
+        notes.append(f"{note}{again}.")
     counts = sorted(
         {
             f"{result.spec.data.vital or 'all series'}: {result.counts.get('windows')} windows of"

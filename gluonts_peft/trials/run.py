@@ -34,6 +34,8 @@ from ..files import write_atomically
 from ..registry import get_estimator
 from ..synthetic import sample_series
 from ..vitals import load_hourly, patient_of, simulate_vitals
+from ..vitals.hourly import hourly_units
+from ..vitals.output import WHOLE, find_manifest
 from .spec import BASELINE, DataSpec, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
@@ -57,11 +59,12 @@ _LEVELS = (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class Data:
-    """The parts of the data, and the SHA-256 over all of them."""
+    """The parts of the data, what was never divided between them (``TrialResult.units``), and the SHA-256 over all."""
 
     train: list[DataEntry]
     validation: list[DataEntry]
     test: list[DataEntry]
+    unit: str
     fingerprint: str
 
 
@@ -75,7 +78,12 @@ def _without_noise() -> Iterator[None]:
 
 @_without_noise()
 def run_trial(
-    spec: TrialSpec, folder: str | Path, *, progress: bool = False, evaluate: Evaluate | None = None
+    spec: TrialSpec,
+    folder: str | Path,
+    *,
+    progress: bool = False,
+    evaluate: Evaluate | None = None,
+    visible_context: int | None = None,
 ) -> TrialResult:
     """Tune, store and backtest as a spec says, and leave a result on disk.
 
@@ -95,6 +103,9 @@ def run_trial(
         Called between epochs, as ``evaluate(predictor, epochs)``, when the state after these epochs is on disk; and at
         last with the predictor that is stored, and None. It must not change the model. A trial that goes on after an
         interruption calls it again for the epoch that it goes on from.
+    visible_context
+        Score only test series in which a model with so long a context sees a value before each window, so that trials
+        with other contexts are scored on the same windows; the context of the trial if None.
 
     Returns
     -------
@@ -132,16 +143,17 @@ def run_trial(
     if evaluate is not None:
         evaluate(predictor, None)
     remembered = _Remembered(predictor)
-    test = _visible(data.test, spec, spec.data)
+    test = _visible(data.test, spec, spec.data, visible_context)
     scores, windows = _score(remembered, test, spec.data)
     folder.mkdir(parents=True, exist_ok=True)
     windows.to_parquet(folder / WINDOWS, index=False)
     examples = _examples(remembered.forecasts, test, windows["MAE[0.5]"].to_numpy())
     write_atomically(folder / EXAMPLES, json.dumps(examples))
     elsewhere: dict[str, float | None] = {}
+    others = {name: load_data(other) for name, other in spec.also.items()}
     for name, other in spec.also.items():
         further = _Remembered(predictor)
-        found_there, each = _score(further, _visible(load_data(other).test, spec, other), other)
+        found_there, each = _score(further, _visible(others[name].test, spec, other, visible_context), other)
         each.to_parquet(folder / windows_file(name), index=False)
         elsewhere |= {f"{name}/{metric}": _finite(value) for metric, value in found_there.iloc[0].items()}
     skipped = {f"skipped_{reason}": count for reason, count in scores.attrs["skipped"].items()}
@@ -160,6 +172,8 @@ def run_trial(
         peak_memory_mb=None if naive or start_mb is None else _peak_mb(device) - start_mb,
         device=device,
         data_fingerprint=data.fingerprint,
+        also_fingerprints={name: other.fingerprint for name, other in others.items()},
+        units={"": data.unit, **{name: other.unit for name, other in others.items()}},
         versions=_versions(spec),
         **found,
     )
@@ -186,23 +200,61 @@ def _load(text: str) -> Data:
     spec = DataSpec(**json.loads(text))
     vitals = ("hr", "map") if spec.vital is None else (spec.vital,)
     if spec.source == "simulated":
-        entries = simulate_vitals(_set(spec.patients), _set(spec.hours), seed=_set(spec.seed), vitals=vitals)
+        assert isinstance(spec.patients, int)
+        entries = simulate_vitals(spec.patients, _set(spec.hours), seed=_set(spec.seed), vitals=vitals)
     elif spec.source == "hourly":
-        entries = load_hourly(_set(spec.path), min_hours=_set(spec.min_hours), vitals=vitals)
+        table = None if spec.patients is None else str(spec.patients)
+        entries = load_hourly(_set(spec.path), min_hours=_set(spec.min_hours), vitals=vitals, patients=table)
+        units = hourly_units(_set(spec.path), table)
     elif spec.source == "synthetic":
         entries = _synthetic(_set(spec.series), _set(spec.steps), _set(spec.seed))
     else:
+        _check_prepared(Path(_set(spec.path)), spec.group)
         entries = read_dataset(_set(spec.path), freq=spec.freq)
-        if spec.vital is not None:
-            entries = [entry for entry in entries if entry["item_id"].endswith(f"/{spec.vital}")]
-            if not entries:
-                raise ValueError(
-                    f"no item_id of '{spec.path}' ends in '/{spec.vital}'; name another data.vital, or none"
-                )
-    key = patient_of if spec.group == "patient" else None
-    train, validation, test = split_by_item(entries, fractions=spec.fractions, seed=spec.split_seed, key=key)
+    key = patient_of if spec.group == "patient" else str
+    if spec.source != "hourly" or spec.group == "item":
+        units = sorted({key(entry["item_id"]) for entry in entries})
+    if spec.source == "file" and spec.vital is not None:
+        entries = [entry for entry in entries if entry["item_id"].endswith(f"/{spec.vital}")]
+        if not entries:
+            raise ValueError(f"no item_id of '{spec.path}' ends in '/{spec.vital}'; name another data.vital, or none")
+    # All units, also those that have nothing of this vital sign: a patient is in the same part for each.
+    divided = split_by_item([{"item_id": unit} for unit in units], fractions=spec.fractions, seed=spec.split_seed)
+    part_of = {unit["item_id"]: part for part, those in enumerate(divided) for unit in those}
+    parts: tuple[list[DataEntry], ...] = ([], [], [])
+    for entry in entries:
+        parts[part_of[key(entry["item_id"])]].append(entry)
+    for name, share, part in zip(("training", "validation", "test"), spec.fractions, parts, strict=True):
+        if share and not part:
+            having = len({key(entry["item_id"]) for entry in entries})
+            raise ValueError(
+                f"no series is left in the {name} part: {having} of {len(units)} groups have one; use other"
+                f" data.fractions than {spec.fractions}, or another data.split_seed than {spec.split_seed}"
+            )
+    train, validation, test = parts
     train = _limited(train, spec)
-    return Data(train, validation, test, _fingerprint(train, validation, test))
+    # A name of an hourly table has two slashes where the patient is known.
+    stays = spec.source == "hourly" and entries[0]["item_id"].count("/") < 2
+    unit = "series" if spec.group == "item" else "stay" if stays else "patient"
+    return Data(train, validation, test, unit, _fingerprint(train, validation, test))
+
+
+def _check_prepared(path: Path, group: str | None) -> None:
+    """Refuse to divide prepared vital signs once more, or by anything but patients."""
+    found = find_manifest(path)
+    if found is None:
+        return
+    manifest, parts = found[0], found[1]["parts"]
+    if manifest.parent == path.absolute() and WHOLE not in parts:
+        raise ValueError(
+            f"path '{path}' holds vital signs that are divided already, into {', '.join(parts)}; trials divide by"
+            f" themselves: prepare them with --fractions '' and give the folder '{WHOLE}'"
+        )
+    if group != "patient":
+        raise ValueError(
+            f"path '{path}' holds prepared vital signs ('{manifest}'), several series of a patient, who would be in"
+            " several parts; write data.group: patient"
+        )
 
 
 def _synthetic(series: int, steps: int, seed: int) -> list[DataEntry]:
@@ -270,9 +322,11 @@ def _fingerprint(*parts: list[DataEntry]) -> str:
     return digest.hexdigest()
 
 
-def _visible(test: list[DataEntry], spec: TrialSpec, data: DataSpec) -> list[DataEntry]:
+def _visible(
+    test: list[DataEntry], spec: TrialSpec, data: DataSpec, visible_context: int | None = None
+) -> list[DataEntry]:
     """Leave out series with a window before which the model would see no value: it could not forecast that."""
-    steps, context = spec.prediction_length, spec.context_length
+    steps, context = spec.prediction_length, visible_context or spec.context_length
     kept = []
     for entry in test:
         observed = np.isfinite(entry["target"])

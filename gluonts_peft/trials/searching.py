@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,17 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..files import write_atomically
-from .cluster import check_nodes, code_versions, connected, quiet_worker, room, shared_folder, whereabouts
+from .cluster import (
+    base_fingerprints,
+    check_nodes,
+    code_versions,
+    connected,
+    quiet_worker,
+    room,
+    shared_folder,
+    whereabouts,
+)
+from .grid import LOCK, locked
 from .records import (
     BEST,
     FAILED,
@@ -38,6 +49,7 @@ from .records import (
     Record,
     as_number,
     cell,
+    not_helped,
     ranking,
     read_search,
     trial_folder,
@@ -50,8 +62,6 @@ if TYPE_CHECKING:
     from gluonts.model.predictor import Predictor
 
 __all__ = ["run_and_report", "search", "trial_key"]
-
-LOCK = ".lock"
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -96,7 +106,14 @@ def search(
     ClusterError
         If the folder is relative or not shared, or a node is not fit, before anything is run.
     SpecError, ValueError
-        If the folder holds anything else, an option of an adapter cannot be used, or the data cannot be read.
+        If the folder holds anything else, an option of an adapter cannot be used, the data cannot be read, or data or
+        pretrained weights have changed since trials were run.
+
+    Warns
+    -----
+    TuningDidNotHelp
+        If the best trial is no better than zero-shot on the validation windows of its training; ``best/`` is it all the
+        same.
     """
     if serial and spec.scheduler.name != "fifo":
         raise SpecError("search", [f"scheduler {spec.scheduler.name!r} needs Ray; leave serial out, or name 'fifo'"])
@@ -118,7 +135,8 @@ def search(
 
 
 def _keep_best(frame: pd.DataFrame, folder: Path) -> None:
-    """Copy the predictor of the first trial to where it is easily found."""
+    """Copy the predictor of the first trial to where it is easily found, and warn if zero-shot is better."""
+    from ..training import TuningDidNotHelp
     from .run import PREDICTOR
 
     best = frame[frame["status"] == FINISHED].head(1)
@@ -129,6 +147,9 @@ def _keep_best(frame: pd.DataFrame, folder: Path) -> None:
     shutil.copytree(folder / best["folder"].iloc[0] / PREDICTOR, partial)
     shutil.rmtree(folder / BEST, ignore_errors=True)
     os.replace(partial, folder / BEST)
+    message = not_helped(frame)
+    if message is not None:
+        warnings.warn(TuningDidNotHelp(f"{message}; '{folder / BEST}' holds it all the same"), stacklevel=3)
 
 
 def _check_adapters(spec: SearchSpec) -> None:
@@ -153,17 +174,7 @@ def _claimed(folder: Path, spec: SearchSpec) -> Iterator[None]:
             raise ValueError(f"folder '{folder}' holds another search; name another folder")
     elif folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
         raise ValueError(f"folder '{folder}' is in use and holds no search; name a new or empty one")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            import fcntl
-
-            # The system takes it back when the process dies, however that happens.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise ValueError(f"folder '{folder}' is in use by a search that is running") from None
+    with locked(folder, "search"):
         yield
 
 
@@ -181,8 +192,11 @@ class _Run:
 
         self.spec, self.folder, self.board = spec, folder, board
         self.started = time.monotonic()
-        self.data = load_data(TrialSpec(**spec.base).data).fingerprint
-        self.code = code_versions([TrialSpec(**spec.base), *map(spec.trial, spec.corners())])
+        base = TrialSpec(**spec.base)
+        self.data = load_data(base.data).fingerprint
+        self.also = {name: load_data(other).fingerprint for name, other in base.also.items()}
+        self.weights = base_fingerprints(self.bases())
+        self.code = code_versions(self.bases())
         self._check_unchanged()
         self.journal = Journal(folder)
         self.proposer = Proposer(spec, [entry.values for entry in self.journal.entries])
@@ -200,7 +214,13 @@ class _Run:
 
     def _check_unchanged(self) -> None:
         path = self.folder / SEARCH
-        form = {"spec": self.spec.normal_form(), "data": self.data, "code": self.code}
+        form = {
+            "spec": self.spec.normal_form(),
+            "data": self.data,
+            "also": self.also,
+            "weights": self.weights,
+            "code": self.code,
+        }
         if path.is_file():
             there = json.loads(path.read_text(encoding="utf-8"))
             if there.get("data") != self.data:
@@ -208,6 +228,15 @@ class _Run:
                     f"the data of the search in '{self.folder}' have changed; name another folder, or bring the earlier"
                     " data back"
                 )
+            for what, mine in (("also", self.also), ("weights", self.weights)):
+                earlier = there.get(what) or {}
+                changed = [name for name in sorted({*mine, *earlier}) if mine.get(name) != earlier.get(name)]
+                if changed:
+                    which = "data of also" if what == "also" else "pretrained weights"
+                    raise ValueError(
+                        f"the {which} of the search in '{self.folder}' have changed ({', '.join(changed)}); name"
+                        " another folder, or bring the earlier ones back"
+                    )
             if there.get("code") != self.code:
                 raise ValueError(
                     f"the search in '{self.folder}' was run with {_words(there.get('code'))}, here is"
@@ -301,6 +330,7 @@ class _Run:
             "every": self.spec.evaluate_every,
             "data": self.data,
             "code": self.code,
+            "context": self.spec.shortest_context(),
             "cpus": self.spec.resources.cpu,
             "scheduler": self.spec.scheduler.name,
         }
@@ -328,6 +358,7 @@ def run_and_report(
     reported: int = 0,
     replay: bool = False,
     where: Mapping[str, Any] | None = None,
+    visible_context: int | None = None,
 ) -> None:
     """Run a trial, or go on with it, and report the objectives as they become known.
 
@@ -350,6 +381,8 @@ def run_and_report(
         Report what is stored and run nothing.
     where
         Stored with each evaluation.
+    visible_context
+        See :func:`gluonts_peft.trials.run_trial`; of validation windows too.
     """
     from .run import PREDICTOR, run_trial
 
@@ -364,14 +397,14 @@ def run_and_report(
     def evaluate(predictor: Predictor, epochs: int | None) -> None:
         nonlocal begun
         if epochs is None:
-            record.final = _validate(predictor, spec)
+            record.final = _validate(predictor, spec, visible_context)
             record.write()
             return
         if not begun:
             begun = True
             record.attempts.append({"epochs": epochs, **(where or {})})
         if epochs % every == 0 and epochs > record.last:
-            scores = _validate(predictor, spec, columns)
+            scores = _validate(predictor, spec, visible_context, columns)
             record.evaluations.append({"epochs": epochs, "scores": scores, **(where or {})})
             record.write()
             tell(scores, epochs)
@@ -381,7 +414,7 @@ def run_and_report(
             tell(each["scores"], each["epochs"])
     if replay and record.final is None:
         return
-    run_trial(spec, folder, evaluate=evaluate)
+    run_trial(spec, folder, evaluate=evaluate, visible_context=visible_context)
     if record.final is None:
         from gluonts.model.predictor import Predictor
 
@@ -390,13 +423,15 @@ def run_and_report(
     tell(record.final, max(record.last, reported), finished=True)
 
 
-def _validate(predictor: Predictor, spec: TrialSpec, columns: Sequence[str] | None = None) -> dict[str, float | None]:
+def _validate(
+    predictor: Predictor, spec: TrialSpec, visible_context: int | None, columns: Sequence[str] | None = None
+) -> dict[str, float | None]:
     """Return scores on the last windows of the validation part."""
     from ..backtesting import backtest, default_metrics
     from .run import _counted_not_logged, _finite, _visible, load_data
 
     metrics = [metric for metric in default_metrics() if columns is None or metric(axis=None).name in columns]
-    validation = _visible(load_data(spec.data).validation, spec, spec.data)
+    validation = _visible(load_data(spec.data).validation, spec, spec.data, visible_context)
     with _counted_not_logged():
         scores = backtest(predictor, validation, windows=spec.data.windows, metrics=metrics).iloc[0]
     return {str(name): _finite(value) for name, value in scores.items()}
@@ -427,6 +462,7 @@ def _serially(run: _Run) -> None:
                 columns=settings["columns"],
                 every=settings["every"],
                 where=whereabouts(),
+                visible_context=settings["context"],
             )
         except _OutOfTime:
             return
@@ -615,6 +651,7 @@ def _trainable(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
             reported=reported,
             replay=proposal["replay"],
             where=whereabouts(),
+            visible_context=settings["context"],
         )
     except ValueError as error:
         # What is wrong with the trial itself would be wrong the next time too.

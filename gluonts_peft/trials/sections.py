@@ -125,19 +125,27 @@ def tests_of(rows: list[Row], folder: Path) -> pd.DataFrame:
     for data in dict.fromkeys(row.data for row in rows):
         own = [row for row in rows if row.data == data]
         for name in ["", *dict.fromkeys(name for row in own for name in row.also())]:
-            errors = {}
+            errors, unit = {}, ""
             for row in own:
                 those = [result for result in row.finished if not name or name in result.spec.also]
+                unit = those[0].unit(name) if those else unit
                 series = patient_errors(those, folder, METRICS[JUDGE], name)
                 if len(series):
                     errors[row.method] = series
             for kind in (ZERO_SHOT, FULL):
                 references = {row.method: row.references[kind] for row in own if kind in row.references}
                 found += [
-                    {"data": data, "scored on": name or data, "against": kind, **vars(each), "verdict": each.verdict}
+                    {
+                        "data": data,
+                        "scored on": name or data,
+                        "against": kind,
+                        "unit": unit,
+                        **vars(each),
+                        "verdict": each.verdict,
+                    }
                     for each in compare(errors, references)
                 ]
-    columns = ["data", "scored on", "against", "method", "reference", "patients", "change", "share_better", "p"]
+    columns = ["data", "scored on", "against", "method", "reference", "unit", "units", "change", "share_better", "p"]
     frame: pd.DataFrame = pd.DataFrame(found, columns=[*columns, "adjusted", "verdict"])
     return frame
 
@@ -174,19 +182,23 @@ def _test_section(name: str, frame: pd.DataFrame, tests: pd.DataFrame) -> Sectio
                 change = f"{test['change']:+.1f} % {_TEST_MARKS[test['verdict']]}".strip()
                 row += [change, f"{100 * test['share_better']:.0f} %", _p_value(test["adjusted"])]
         cells.append(row)
-    patients = sorted(set(tests["patients"]))
-    over = " or ".join(str(count) for count in patients)
+    over = " or ".join(str(count) for count in sorted(set(tests["units"])))
+    unit = next(iter(tests["unit"]), "patient")
+    units = PLURAL[unit]
+    caution = " A patient may have several: the test takes them to be independent." if unit == "stay" else ""
     return Section(
         f"Forgetting: error on {name}, which was not trained on" if name else "Is it more than luck?",
-        f"Errors of windows are averaged within a patient (or series) and over seeds; then {over} patients are compared"
-        " in pairs by the Wilcoxon signed-rank test, two-sided, with Holm's correction over the methods of a column."
-        f" ▲ better, ▼ worse, ≈ p of {LEVEL} or more. Patients better: share with a smaller error than the reference."
-        " One split into training and test patients lies under all of it.",
-        ["method", column, "vs zero-shot", "patients better", "p", "vs full tuning", "patients better", "p"],
+        f"Errors of windows are averaged within a {unit} and over seeds; then {over} {units} are compared in pairs"
+        " by the Wilcoxon signed-rank test, two-sided, with Holm's correction over the methods of a column."
+        f" ▲ better, ▼ worse, ≈ p of {LEVEL} or more. {units.capitalize()} better: share with a smaller error than the"
+        f" reference. One split into training and test {units} lies under all of it.{caution}",
+        ["method", column, "vs zero-shot", f"{units} better", "p", "vs full tuning", f"{units} better", "p"],
         cells if len(tests) else [],
     )
 
 
+#: Of what was never divided (``TrialResult.units``).
+PLURAL = {"patient": "patients", "stay": "stays", "series": "series"}
 _TEST_MARKS = {"better": "▲", "worse": "▼", "no different": "≈", "": ""}
 
 

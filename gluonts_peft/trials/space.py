@@ -434,6 +434,11 @@ class SearchSpec(_Spec):
         base = TrialSpec(**self.base).training.max_epochs
         return max([base, *(self.trial(values).training.max_epochs for values in self.corners())])
 
+    def shortest_context(self) -> int | None:
+        """Return the shortest context that a trial can have: it decides for all of them which windows are scored."""
+        trials = [TrialSpec(**self.base), *map(self.trial, self.corners())]
+        return min((trial.context_length for trial in trials if trial.context_length is not None), default=None)
+
     def normal_form(self) -> dict[str, Any]:
         """Return the spec as JSON values, without what is not set."""
         form = self.model_dump(mode="json", exclude_none=True)

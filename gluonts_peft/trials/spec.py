@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..files import write_atomically
 from ..registry import Registry, adapters, families, unknown
@@ -60,7 +60,7 @@ _SHARED_TRAINING = (
 
 _OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "simulated": {"patients": 200, "hours": 48, "seed": 0},
-    "hourly": {"min_hours": 48},
+    "hourly": {"patients": None, "min_hours": 48},
     "file": {"freq": None},
     "synthetic": {"series": 100, "steps": 200, "seed": 0},
 }
@@ -128,18 +128,22 @@ class DataSpec(_Spec):
         Of the simulator; 200, 48 and 0 if not given.
     series, steps, seed
         Of synthetic data; 100, 200 and 0 if not given.
+    patients
+        Of the hourly table: a table that says whose the stays are (:func:`gluonts_peft.vitals.load_hourly`). Without
+        it, and without a column ``patient``, stays are divided, and those of one patient may be in several parts.
     min_hours
         Of the hourly table: shorter stays are left out; 48 if not given.
     freq
         Of a file, where it cannot be inferred.
     vital
-        Keep the series of one vital sign: those whose item id ends in ``/<vital>``. None keeps all.
+        Keep the series of one vital sign: those whose item id ends in ``/<vital>``. None keeps all. The division is the
+        same for each.
     group
-        What is never divided: ``"patient"`` (what comes before the ``/`` of an item id) or ``"item"``. By default
+        What is never divided: ``"patient"`` (what comes before the first ``/`` of an item id) or ``"item"``. By default
         ``"patient"``, for files ``"item"``.
     fractions
-        Shares of training, validation and test groups. Without a validation share the last steps of the training
-        series are held out for it.
+        Shares of training, validation and test groups, of all that the source has. Without a validation share the last
+        steps of the training series are held out for it.
     split_seed
         Seed of the division.
     windows
@@ -153,7 +157,7 @@ class DataSpec(_Spec):
 
     source: Source = "simulated"
     path: str | None = None
-    patients: int | None = Field(default=None, gt=0)
+    patients: int | str | None = None
     hours: int | None = Field(default=None, gt=0)
     series: int | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
@@ -168,9 +172,24 @@ class DataSpec(_Spec):
     train_series: int | None = Field(default=None, gt=0)
     train_steps: int | None = Field(default=None, gt=0)
 
+    @field_validator("patients", mode="before")
+    @classmethod
+    def _number_or_table(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if value is None or (isinstance(value, str) and value):
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
+            raise ValueError(f"{value!r} is neither a number of patients (simulated) nor the path of a table (hourly)")
+        return int(value)
+
     @model_validator(mode="after")
     def _normal(self) -> DataSpec:
         own = _OWN_OPTIONS[self.source]
+        kind = {"simulated": int, "hourly": str}.get(self.source)
+        if kind is not None and self.patients is not None and not isinstance(self.patients, kind):
+            wanted = "the path of a table that says whose the stays are" if kind is str else "a number of patients"
+            raise ValueError(f"patients {self.patients!r} is not for source {self.source!r}; give {wanted}, or drop it")
         for source, options in _OWN_OPTIONS.items():
             for name in options:
                 value = getattr(self, name)
@@ -291,6 +310,9 @@ class TrialSpec(_Spec):
                 raise ValueError(f"also: name {name!r} must be there and hold no '/'")
         untrained = {"train_series": None, "train_steps": None}
         self._set("also", {name: data.model_copy(update=untrained) for name, data in self.also.items()})
+        for data in self.also.values():
+            if (data.source, data.path, data.patients) == (self.data.source, self.data.path, None):
+                data._set("patients", self.data.patients)
         if not self.trains:
             self._set("data", self.data.model_copy(update=untrained))
         return self
@@ -350,6 +372,11 @@ class TrialResult(_Spec):
         Source and fingerprint of the pretrained weights.
     data_fingerprint
         SHA-256 over the three parts of the data.
+    also_fingerprints
+        The same of each of ``TrialSpec.also``, by its name.
+    units
+        What was never divided between the parts, ``"patient"``, ``"stay"`` (of which a patient may have several, in
+        several parts) or ``"series"``: of the trial's own data under ``""``, of ``TrialSpec.also`` by its name.
     versions
         Of everything that decides the numbers.
     """
@@ -372,7 +399,16 @@ class TrialResult(_Spec):
     adapter: str | None = None
     base: dict[str, str | None] | None = None
     data_fingerprint: str | None = None
+    also_fingerprints: dict[str, str] = Field(default_factory=dict)
+    units: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
+
+    def unit(self, name: str = "") -> str:
+        """Return what was never divided in the trial's own data, or in further ones; see ``units``."""
+        data = self.spec.also[name] if name else self.spec.data
+        # Results of earlier versions do not say it; they knew the patients of no hourly table.
+        earlier = "series" if data.group == "item" else "stay" if data.source == "hourly" else "patient"
+        return self.units.get(name, earlier)
 
     def write(self, folder: Path) -> None:
         """Write ``result.json`` into a folder, whole or not at all."""
@@ -479,14 +515,43 @@ def read_yaml(path: str | os.PathLike[str], what: str, keys: str) -> dict[str, A
 
     path = Path(path)
     try:
-        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        form = yaml.safe_load(text)
+        repeated = _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
     except OSError as error:
         raise SpecError(f"{what} '{path}'", [f"it cannot be read: {error.strerror}"]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SpecError(f"{what} '{path}'", [f"it is not YAML: {error}"]) from error
+    if repeated:
+        raise SpecError(f"{what} '{path}'", repeated)
     if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
         raise SpecError(f"{what} '{path}'", [f"expected a mapping with the keys {keys}"])
     return form
+
+
+def _repeated_keys(root: Any) -> list[str]:
+    """Return a fault for each key that a mapping of YAML has twice: the second would silently replace the first."""
+    import yaml
+
+    faults, waiting, seen = [], [root], set[int]()
+    while waiting:
+        node = waiting.pop(0)
+        # Aliases may lead in a circle.
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if not isinstance(node, yaml.MappingNode):
+            waiting += node.value
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            waiting.append(value)
+            if isinstance(key, yaml.ScalarNode):
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    faults.append(f"line {line}: key {key.value!r} is there already, on line {lines[name]}; drop one")
+                lines.setdefault(name, line)
+    return faults
 
 
 def read_record(folder: str | Path, name: str, what: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Which differences between methods are more than luck: paired tests over patients, and ranks over data sets.
 
-The unit is what was never divided between training and test: the patient (or the item, where data have no patients).
-Errors of windows are averaged within a patient and over seeds before any test, so that neither many windows of one
-patient nor many seeds of one method look like much evidence.
+The unit is what was never divided between training and test: the patient, the stay where the patients of an hourly
+table are not known, or the series. Errors of windows are averaged within a unit and over seeds before any test, so that
+neither many windows of one patient nor many seeds of one method look like much evidence.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against a reference on the same patients.
+    """A method against a reference on the same units.
 
     Parameters
     ----------
     method, reference
         Their names.
-    patients
-        How many both have an error of.
+    units
+        Patients, stays or series that both have an error of.
     change
         Mean difference of the error, in per cent of the reference's mean; below 0 is better than the reference.
     share_better
-        Share of patients with a smaller error than the reference's.
+        Share of units with a smaller error than the reference's.
     p, adjusted
         Of the Wilcoxon signed-rank test, two-sided; as it is, and with Holm's correction over all methods that are
-        compared with the same reference on the same data. NaN without at least two patients.
+        compared with the same reference on the same data. NaN without at least two units.
     """
 
     method: str
     reference: str
-    patients: int
+    units: int
     change: float
     share_better: float
     p: float

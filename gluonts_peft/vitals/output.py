@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import os
@@ -46,7 +47,7 @@ def write(
     stays
         What a loader or `prepare` returned. They are put on the grid, and go through their steps, now.
     out
-        New folder, in an existing one. While it is being made, what is unfinished is in a hidden folder beside it.
+        New folder. While it is being made, what is unfinished is in a hidden folder beside it.
     vitals
         Those that are written; by default all that were read.
     fractions
@@ -66,9 +67,10 @@ def write(
     Raises
     ------
     ValueError
-        If the folder is in use or its parent is missing, a vital sign was not read, a fraction is wrong, nothing is
-        left, or there are fewer patients than parts.
+        If the folder is in use or cannot be made, a vital sign was not read, a fraction is wrong, nothing is left, or
+        there are fewer patients than parts.
     """
+    _check_split(fractions, seed)
     out = Path(out)
     wanted = tuple(stays.vitals if vitals is None else vitals)
     with _appearing(out) as folder:
@@ -79,8 +81,6 @@ def write(
         if fractions is None:
             parts = {WHOLE: patients}
         else:
-            if len(fractions) != len(PARTS):
-                raise ValueError(f"fractions {tuple(fractions)} must be three, of {', '.join(PARTS)}")
             groups = split_by_item([{"item_id": name} for name in patients], fractions=fractions, seed=seed)
             parts = {
                 part: [str(entry["item_id"]) for entry in group]
@@ -148,11 +148,13 @@ def convert(
     ValueError
         As `load`, `prepare` and `write`; then nothing is left behind.
     """
-    check_steps(steps, {} if options is None else options)
-    _check_new(Path(out))
     read = tuple(vitals)
     if "plausibility" in steps and set(read) & set(PRESSURES):
         read += tuple(vital for vital in PRESSURES if vital not in read)
+    freq = loading.get("freq", inspect.signature(load).parameters["freq"].default)
+    check_steps(steps, {} if options is None else options, read, freq)
+    _check_split(fractions, seed)
+    _check_new(Path(out))
     with _hidden(Path(out)) as scratch:
         stays = load(folder, vitals=read, scratch=scratch, progress=progress, **loading)
         return write(
@@ -160,18 +162,50 @@ def convert(
         )
 
 
+def find_manifest(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the manifest of a prepared folder, of a part of it or of a part's file; None where there is none."""
+    path = path.absolute()
+    for folder in (path, *path.parents[:2]):
+        file = folder / MANIFEST
+        if file.is_file():
+            try:
+                content = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError:
+                continue
+            # Another program's file may have the name.
+            if isinstance(content, dict) and {"vitals", "parts", "sources"} <= set(content):
+                return file, content
+    return None
+
+
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out '{out}' is in use; name a new folder")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"the folder of out '{out}' does not exist; make it first")
+
+
+def _check_split(fractions: Sequence[float] | None, seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; give at least 0")
+    if fractions is None:
+        return
+    if len(fractions) != len(PARTS):
+        raise ValueError(f"fractions {tuple(fractions)} must be three, of {', '.join(PARTS)}")
+    split_by_item([{"item_id": part} for part in PARTS], fractions=fractions, seed=seed)
 
 
 @contextlib.contextmanager
 def _hidden(out: Path) -> Iterator[Path]:
     """Lend a hidden folder beside another, on the same file system."""
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
-        yield Path(folder)
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
+            yield Path(folder)
+    except BaseException:
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -9,11 +9,15 @@ That the papers use it unchanged is an inference; what else is decided here is o
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from .hourly import PLAUSIBLE
@@ -182,8 +186,11 @@ def smooth(
     """
     if method not in ("mean", "butterworth"):
         raise ValueError(f"smooth.method {method!r} is unknown; known: mean, butterworth")
-    if points < 1:
-        raise ValueError(f"smooth.points is {points}; give at least 1")
+    for name, number in (("points", points), ("order", order)):
+        if number < 1:
+            raise ValueError(f"smooth.{name} is {number}; give at least 1")
+    if not 0 < cutoff < 1:
+        raise ValueError(f"smooth.cutoff is {cutoff:g}; give a share of half the sampling rate, between 0 and 1")
     if method == "mean":
         return [stay.with_values({vital: _trailing(column, points) for vital, column in stay.values.items()})], {}
     values = {}
@@ -290,11 +297,11 @@ def prepare(
     Raises
     ------
     ValueError
-        If a step or an option is unknown, a step is named twice, options are given for a step that does not run, or
-        the pressures are to be compared but not all three were read.
+        If a step or an option is unknown or cannot be used, a step is named twice, options are given for a step that
+        does not run, or the pressures are to be compared but not all three were read.
     """
     options = {} if options is None else options
-    check_steps(steps, options)
+    check_steps(steps, options, stays.vitals, stays.freq)
     pressures = [vital for vital in PRESSURES if vital in stays.vitals]
     if "plausibility" in steps and 0 < len(pressures) < len(PRESSURES):
         raise ValueError(
@@ -307,8 +314,10 @@ def prepare(
     return stays
 
 
-def check_steps(steps: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise a ValueError if a step or an option is unknown or of no effect."""
+def check_steps(
+    steps: Sequence[str], options: Mapping[str, Mapping[str, Any]], vitals: Sequence[str], freq: str
+) -> None:
+    """Raise a ValueError if a step or an option is unknown, of no effect, or cannot be used."""
     for step in steps:
         if step not in STEPS:
             raise ValueError(f"step {step!r} is unknown; known: {', '.join(STEPS)}")
@@ -318,9 +327,51 @@ def check_steps(steps: Sequence[str], options: Mapping[str, Mapping[str, Any]]) 
         if step not in steps:
             raise ValueError(f"options are given for the step {step!r}, which does not run; steps: {', '.join(steps)}")
         known = [name for name in inspect.signature(STEPS[step]).parameters if name != "stay"]
+        hints = get_type_hints(STEPS[step])
         for name in given:
             if name not in known:
                 raise ValueError(f"option {step}.{name} is unknown; known: {', '.join(known) or 'none'}")
+            _check_kind(f"{step}.{name}", given[name], hints.get(name, Any))
+    step_minutes(freq)
+    # What a step refuses, it refuses of any stay: better now than after hours of reading.
+    column = {vital: np.ones(1, dtype=np.float32) for vital in vitals if vital in PLAUSIBLE}
+    one = Stay("", "", pd.Period("2000-01-01 00:00", freq), column)
+    for step in steps:
+        # The horizon by default may not fit the freq.
+        if step in options or step == "windows":
+            STEPS[step](one, **options.get(step, {}))
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Raise a ValueError if a value is not of the kind that a step's option has."""
+    kinds = get_args(hint) if NoneType in get_args(hint) else (hint,)
+    if value is None and NoneType in kinds:
+        return
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    wanted = {
+        bool: ("true or false", isinstance(value, bool)),
+        int: ("a whole number", number and isinstance(value, Integral)),
+        float: ("a number", number),
+        str: ("a name", isinstance(value, str)),
+    }
+    if kinds[0] in wanted:
+        what, right = wanted[kinds[0]]
+        if not right:
+            raise ValueError(f"{name} is {value!r}; give {what}{', or leave it out' if NoneType in kinds else ''}")
+        return
+    if get_origin(kinds[0]) is not Mapping:
+        return
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"{name} is {value!r}; give a range for each vital sign, as {{hr: [20, 250]}}")
+    for vital, pair in value.items():
+        if vital not in PLAUSIBLE:
+            raise ValueError(f"{name} names {vital!r}, which is unknown; known: {', '.join(PLAUSIBLE)}")
+        pair = list(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else [pair]
+        for bound in pair:
+            _check_kind(f"{name} of {vital!r}", bound, float)
+        if len(pair) != 2 or not pair[0] < pair[1]:
+            found = " to ".join(f"{bound:g}" for bound in pair)
+            raise ValueError(f"{name} of {vital!r} is {found}; give two values, the higher one last")
 
 
 def _minutes(stay: Stay) -> int:

@@ -25,8 +25,8 @@ from gluonts.model.predictor import Predictor
 from typer.testing import CliRunner
 
 from gluonts_peft.cli import app
-from gluonts_peft.trials import SearchSpec, StudySpec, load_results, ranking, run_study, search
-from gluonts_peft.trials.cluster import _fits
+from gluonts_peft.trials import SearchSpec, StudySpec, TrialSpec, load_results, ranking, run_study, search
+from gluonts_peft.trials.cluster import ClusterError, _expected, _fits
 
 ray = pytest.importorskip("ray")
 
@@ -298,6 +298,13 @@ def checked(nodes: Nodes, folder: Path, *cases: tuple[dict[str, Any], dict[str, 
     done = subprocess.run([sys.executable, "-c", CHECK, *arguments], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     return [line if line == "fit" else json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_relative_table_of_patients_is_refused() -> None:
+    data = {"source": "hourly", "path": "/shared/stays.parquet", "patients": "patient.csv"}
+    message = "data.patients 'patient.csv' is relative, and nodes have other working directories; name it in full"
+    with pytest.raises(ClusterError, match=re.escape(message)):
+        _expected([TrialSpec(**{**BASE, "data": data})])
 
 
 def test_what_no_node_can_run_is_refused_before_the_start(nodes: Nodes, spec: Path, tmp_path: Path) -> None:

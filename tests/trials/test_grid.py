@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,19 +10,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
+from gluonts_peft.registry import get_estimator
 from gluonts_peft.trials import (
+    SpecError,
     StudySpec,
     TrialResult,
     estimate,
     expand,
     grid,
+    load_data,
     load_results,
     load_study,
     run_study,
     write_report,
 )
+from gluonts_peft.trials import run as run_module
 
 TRAINING = {"max_epochs": 1, "num_batches_per_epoch": 2, "batch_size": 4, "device": "cpu"}
 BASE = {
@@ -172,6 +180,35 @@ def test_a_trial_that_kills_its_process_fails_alone(tmp_path: Path) -> None:
     assert results[2].error == "the process of the trial was killed; it may have run out of memory"
 
 
+IDLE = """
+import signal, time
+from concurrent.futures import ProcessPoolExecutor
+
+class Pool(ProcessPoolExecutor):
+    count = 0
+
+    def submit(self, *arguments):
+        Pool.count += 1
+        if Pool.count == 2:
+            # A worker that waits for work dies, and whoever comes next finds the pool broken.
+            for process in list(self._processes.values()):
+                os.kill(process.pid, signal.SIGKILL)
+            while not self._broken:
+                time.sleep(0.01)
+        return super().submit(*arguments)
+
+grid.ProcessPoolExecutor = Pool
+"""
+
+
+def test_a_worker_that_is_killed_between_two_trials_costs_none(tmp_path: Path) -> None:
+    script, out = tmp_path / "main.py", tmp_path / "out"
+    script.write_text(DEADLY + IDLE + MAIN)
+    cells = study(adapter=["none"])
+    subprocess.run([sys.executable, str(script), cells.model_dump_json(), str(out), "2"], check=True)
+    assert [result.status for result in load_results(out)] == ["finished"] * 2
+
+
 def test_the_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     run_study(study(adapter=["none"]), tmp_path, progress=False)
     before = traces(tmp_path)
@@ -231,6 +268,75 @@ def test_changed_data_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     changed.write(tmp_path / "trials" / result.spec.hash())
     with pytest.raises(ValueError, match=re.escape(f"the data of trials in '{tmp_path}' have changed since these")):
         run_study(study(adapter=["none"]), tmp_path, progress=False)
+
+
+def test_changed_data_of_also_are_noticed(tmp_path: Path) -> None:
+    path, out = tmp_path / "other.csv", tmp_path / "out"
+
+    def write(scale: float) -> None:
+        times = pd.date_range("2024-01-01", periods=60, freq="h")
+        rows = [
+            pd.DataFrame({"item_id": f"s{item}", "timestamp": times, "target": scale * np.sin(np.arange(60) + item)})
+            for item in range(10)
+        ]
+        pd.concat(rows).to_csv(path, index=False)
+        run_module._load.cache_clear()
+
+    write(1.0)
+    also = {"other": {"source": "file", "path": str(path), "windows": 1}}
+    cells = StudySpec(base={**BASE, "adapter": "none", "also": also}, grid={"seed": [0, 1]})
+    first, _ = run_study(cells, out, progress=False)
+    assert first.also_fingerprints == {"other": load_data(first.spec.also["other"]).fingerprint}
+    (out / "trials" / first.spec.hash() / "result.json").unlink()
+    write(3.0)
+    with pytest.raises(ValueError, match=re.escape(f"the data of trials in '{out}' have changed since these")):
+        run_study(cells, out, progress=False)
+    write(1.0)
+    assert [result.scores for result in run_study(cells, out, progress=False)][0] == first.scores
+
+
+def test_changed_weights_are_noticed(tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    shutil.copytree(get_estimator("chronos").backbone_class.bundled()["bolt-nano"], checkpoint)
+    base = {**BASE, "checkpoint": str(checkpoint), "adapter": "none"}
+    run_study(StudySpec(base=base, baselines=["last_value"]), out, progress=False)
+    path = checkpoint / "model.safetensors"
+    save_file({name: 1.3 * tensor for name, tensor in load_file(path).items()}, path)
+    message = f"the pretrained weights of trials in '{out}' have changed since these were run (chronos {checkpoint})"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        run_study(StudySpec(base=base, baselines=["last_value"]), out, progress=False)
+
+
+@pytest.mark.parametrize("start", [estimate, run_study])
+def test_options_and_data_are_looked_at_before_anything_runs(tmp_path: Path, start: Any) -> None:
+    lost = {"source": "file", "path": str(tmp_path / "typo.parquet")}
+    cells = StudySpec(
+        base={**BASE, "also": {"other": lost}},
+        grid={"adapter": ["none", {"name": "lora", "rr": 4}], "data.patients": [10, 11]},
+    )
+    with pytest.raises(SpecError) as caught:
+        start(cells, tmp_path / "out")
+    assert len(caught.value.faults) == 2
+    assert "option 'rr' is unknown; did you mean 'r'?" in caught.value.faults[0]
+    assert caught.value.faults[1].startswith("data of source 'file': ")
+    assert "typo.parquet" in caught.value.faults[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_estimate_leaves_no_folder_behind(tmp_path: Path) -> None:
+    estimate(study(adapter=["none"]), tmp_path / "new" / "deep")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_studies_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (
+        grid.locked(out, "study"),
+        pytest.raises(ValueError, match=re.escape(f"folder '{out}' is in use by a study that is running")),
+    ):
+        run_study(study(adapter=["none"]), out, progress=False)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert len(run_study(study(adapter=["none"]), out, progress=False)) == 2
 
 
 def test_the_bar_says_what_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,10 +22,21 @@ from gluonts_peft.trials import (
     load_results,
     print_table,
     run_study,
+    sections,
     table,
     write_report,
 )
-from gluonts_peft.trials.sections import curves_of
+from gluonts_peft.trials.figures import (
+    Curve,
+    draw_costs,
+    draw_curve,
+    draw_extremes,
+    draw_forecasts,
+    draw_parameters,
+    html_figure,
+)
+from gluonts_peft.trials.report import _notes
+from gluonts_peft.trials.sections import curves_of, sections_of
 from gluonts_peft.trials.tables import rows_of
 
 BASE = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6, "context_length": 24}
@@ -322,13 +333,39 @@ def test_the_report_tests_what_it_shows(folder: Path) -> None:
             windows = pd.read_parquet(folder / "trials" / result.spec.hash() / "windows.parquet")
             errors.append(windows.set_index("item_id")["MAE[0.5]"])
     zero_shot, lora = errors
-    assert row["patients"] == len(lora) == 2
+    assert row["units"] == len(lora) == 2
     assert row["change"] == pytest.approx(100 * (lora - zero_shot).mean() / zero_shot.mean())
     assert row["share_better"] == (lora < zero_shot).mean()
     text = (folder / "report.md").read_text(encoding="utf-8")
     for part in ("Is it more than luck?", "Ranks over data sets", "changed most"):
         assert part in content
         assert part in text
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_units_have_the_name_of_what_was_divided(tmp_path: Path, known: bool) -> None:
+    rng = np.random.default_rng(0)
+    stays = [(stay, hour, 80 + rng.normal()) for stay in range(24) for hour in range(30)]
+    frame = pd.DataFrame(stays, columns=["stay_id", "hour", "hr"])
+    frame.assign(**{"patient": frame["stay_id"] // 2} if known else {}).to_parquet(tmp_path / "stays.parquet")
+    data = {"source": "hourly", "path": str(tmp_path / "stays.parquet"), "vital": "hr", "min_hours": 24, "windows": 1}
+    study = StudySpec(base={**BASE, "training": SMALL, "data": data}, grid={"adapter": ["none", "layernorm"]})
+    results = run_study(study, tmp_path / "out", progress=False)
+    rows = rows_of(results, expand(study))
+    tests = sections.tests_of(rows, tmp_path / "out")
+    [section, *_] = sections_of("hr", table(results), rows, tests, tmp_path / "out")
+    text = "\n".join([*_notes(results, expand(study)), *section.markdown()])
+    if known:
+        assert "Training, validation and test windows are of different patients." in text
+        assert "averaged within a patient and over seeds; then 3 patients are compared in pairs" in text
+        assert "patients better" in text
+    else:
+        assert "windows are of different stays; a patient may have several, in several parts." in text
+        assert "averaged within a stay and over seeds; then 5 stays are compared in pairs" in text
+        assert "stays better" in text
+        assert "patients" not in text
+    assert set(tests["unit"]) == {"patient" if known else "stay"}
+    assert set(tests["units"]) == {3 if known else 5}
 
 
 def test_forgetting_is_a_table_of_its_own(tmp_path: Path) -> None:
@@ -345,7 +382,7 @@ def test_forgetting_is_a_table_of_its_own(tmp_path: Path) -> None:
     tests = pd.read_csv(tmp_path / "tests.csv")
     assert list(tests["scored on"].unique()) == ["hr", "synthetic"]
     there = tests[(tests["scored on"] == "synthetic") & (tests["against"] == "zero-shot")].iloc[0]
-    assert there["patients"] == 4
+    assert there["units"] == 4
     assert "Forgetting: error on synthetic, which was not trained on" in (tmp_path / "report.md").read_text()
 
 
@@ -385,6 +422,42 @@ def test_trials_of_different_weights_are_not_compared_in_silence(tmp_path: Path)
         result.write(tmp_path / "trials" / result.spec.hash())
     text = write_report(tmp_path).read_text(encoding="utf-8")
     assert "Caution: the trials were not run with the same weights of bolt-nano; see the end." in text
+
+
+def test_names_are_no_formulas() -> None:
+    name = r"s$\frac$1"
+    example = {
+        "kind": "best", "MAE": 1.0, "item_id": name, "start": "2024-01-01", "freq": "h", "history": [1.0, 2.0],
+        "label": [1.0], "quantiles": {"0.1": [0.0], "0.5": [1.0], "0.9": [2.0]},
+    }  # fmt: skip
+    points = pd.DataFrame({"parameters": [10.0, 1000.0], "error": [1.0, 2.0], "std": [0.1, 0.1]}, index=[name, "b"])
+    curve = Curve(name, {name: [(1.0, 1.0, 0.1)]}, {name: 2.0})
+    costs = pd.DataFrame({"seconds": [1.0]}, index=[name])
+    # How often the name is in each picture.
+    for count, draw in (
+        (2, lambda theme: draw_forecasts({name: [example]}, theme)),
+        (2, lambda theme: draw_extremes({name: [example]}, theme)),
+        (2, lambda theme: draw_parameters(points, {name: 3.0}, "MAE", theme)),
+        (3, lambda theme: draw_curve(curve, "MAE", theme)),
+        (1, lambda theme: draw_costs(costs, theme)),
+    ):
+        picture = re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', html_figure(draw, "caption"))
+        assert picture is not None
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", base64.b64decode(picture[1]).decode())
+        assert sum(name in text for text in texts) == count
+
+
+@pytest.mark.parametrize(
+    ("data", "title"),
+    [
+        ({"source": "synthetic"}, "synthetic data"),
+        ({"source": "file", "path": "a/stays.parquet"}, "data: stays.parquet"),
+    ],
+)
+def test_the_title_says_where_the_data_are_from(tmp_path: Path, data: dict[str, Any], title: str) -> None:
+    study = StudySpec(title="tiny", base={**BASE, "data": data}, grid={"adapter": ["none", "lora"]})
+    (tmp_path / "study.json").write_text(study.model_dump_json())
+    assert f"<h1>tiny ({title})</h1>" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_folder_without_trials_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from gluonts_peft.backtesting import SeasonalNaive
 from gluonts_peft.estimator import PeftEstimator
 from gluonts_peft.trials import DataSpec, TrialSpec, load_data, run_trial
 from gluonts_peft.trials.run import windows_file
-from gluonts_peft.vitals import patient_of
+from gluonts_peft.vitals import load_hourly, patient_of
 
 DATA = {"patients": 12, "hours": 12, "vital": "hr", "windows": 2}
 TRAINING = {"max_epochs": 2, "num_batches_per_epoch": 3, "batch_size": 8, "device": "cpu"}
@@ -274,6 +274,90 @@ def test_the_hourly_table_is_a_source_too(tmp_path: Path) -> None:
     pd.DataFrame(hours, columns=["stay_id", "hour", "hr", "map"]).to_parquet(path)
     trial = spec("none", data={"source": "hourly", "path": str(path), "vital": "map", "windows": 1})
     assert run_trial(trial, tmp_path / "trial").counts["series"] == len(load_data(trial.data).test) == 3
+
+
+@pytest.fixture
+def stays(tmp_path: Path) -> dict[str, Any]:
+    """Forty patients with two stays each; every fifth patient has no pressure, every seventh stay is short."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (stay, hour, 80 + rng.normal(), np.nan if stay // 2 % 5 == 0 else 75 + rng.normal())
+        for stay in range(80)
+        for hour in range(20 if stay % 7 == 0 else 50)
+    ]
+    pd.DataFrame(rows, columns=["stay_id", "hour", "hr", "map"]).to_parquet(tmp_path / "stays.parquet")
+    whose = pd.DataFrame({"patientunitstayid": range(80), "uniquepid": [f"p{stay // 2}" for stay in range(80)]})
+    whose.to_csv(tmp_path / "patient.csv", index=False)
+    path, patients = str(tmp_path / "stays.parquet"), str(tmp_path / "patient.csv")
+    return {"source": "hourly", "path": path, "patients": patients, "windows": 1}
+
+
+def owners(entries: list[dict[str, Any]]) -> set[str]:
+    return {patient_of(entry["item_id"]) for entry in entries}
+
+
+def test_stays_of_a_patient_are_in_one_part_where_a_table_says_whose_they_are(stays: dict[str, Any]) -> None:
+    known = load_data(DataSpec(**stays))
+    assert known.unit == "patient"
+    assert len(owners(known.train) | owners(known.validation) | owners(known.test)) == 40
+    assert owners(known.train).isdisjoint(owners(known.test) | owners(known.validation))
+    assert owners(known.validation).isdisjoint(owners(known.test))
+    unknown = load_data(DataSpec(**{**stays, "patients": None}))
+    assert unknown.unit == "stay"
+    whose = [{int(stay) // 2 for stay in owners(part)} for part in (unknown.train, unknown.test)]
+    assert not whose[0].isdisjoint(whose[1])
+    # What the table says is part of the data.
+    table = pd.read_csv(stays["patients"])
+    other = stays["patients"].replace("patient.csv", "other.csv")
+    table.assign(uniquepid=table["uniquepid"].replace("p7", "q7")).to_csv(other, index=False)
+    prints = {load_data(DataSpec(**{**stays, "patients": each})).fingerprint for each in (None, other)}
+    assert known.fingerprint not in prints
+    assert len(prints) == 2
+    assert load_data(DataSpec(**{**stays, "group": "item"})).unit == "series"
+
+
+@pytest.mark.parametrize("source", ["hourly", "file"])
+def test_a_patient_is_in_the_same_part_for_every_vital_sign(stays: dict[str, Any], source: str, tmp_path: Path) -> None:
+    if source == "file":
+        rows = [
+            {"item_id": entry["item_id"], "timestamp": time, "target": 1.0}
+            for entry in load_hourly(stays["path"], patients=stays["patients"])
+            for time in pd.date_range("2024-01-01", periods=4, freq="h")
+        ]
+        pd.DataFrame(rows).to_csv(tmp_path / "long.csv", index=False)
+        stays = {"source": "file", "path": str(tmp_path / "long.csv"), "group": "patient"}
+    rate, pressure = (load_data(DataSpec(**stays, vital=vital)) for vital in ("hr", "map"))
+    for part, others in (("test", ("train", "validation")), ("validation", ("train", "test"))):
+        there = owners(getattr(pressure, part))
+        assert there < owners(getattr(rate, part))
+        for other in others:
+            assert there.isdisjoint(owners(getattr(rate, other)))
+    if source == "hourly":
+        # Nor do shorter stays, of which the other set may have more, move anybody.
+        more = load_data(DataSpec(**stays, vital="map", min_hours=1))
+        assert len(more.test) > len(pressure.test)
+        assert owners(more.test).isdisjoint(owners(rate.train) | owners(rate.validation))
+
+
+def test_further_data_of_the_same_file_share_no_patient_with_training(stays: dict[str, Any], tmp_path: Path) -> None:
+    also = {"pressure": {**stays, "patients": None, "vital": "map"}}
+    trial = spec("none", data={**stays, "vital": "hr"}, also=also)
+    # The table is that of the same file.
+    assert trial.also["pressure"].patients == stays["patients"]
+    result = run_trial(trial, tmp_path / "trial")
+    assert result.units == {"": "patient", "pressure": "patient"}
+    there = set(pd.read_parquet(tmp_path / "trial" / windows_file("pressure"))["item_id"].map(patient_of))
+    data = load_data(trial.data)
+    assert there.isdisjoint(owners(data.train) | owners(data.validation))
+    assert there < owners(data.test)
+
+
+def test_a_part_without_a_series_is_an_error(stays: dict[str, Any]) -> None:
+    frame = pd.read_parquet(stays["path"])
+    frame.loc[frame["stay_id"] > 3, "map"] = np.nan
+    frame.to_parquet(stays["path"])
+    with pytest.raises(ValueError, match=r"no series is left in the \w+ part: [12] of 40 groups have one; use"):
+        load_data(DataSpec(**stays, vital="map", min_hours=1))
 
 
 def test_series_in_which_the_model_would_see_nothing_are_left_out_for_all(tmp_path: Path) -> None:

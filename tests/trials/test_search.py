@@ -6,21 +6,25 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from gluonts.model.predictor import Predictor
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from gluonts_peft import PeftPredictor, backtest
+from gluonts_peft import PeftPredictor, TuningDidNotHelp, backtest
 from gluonts_peft.cli import app
 from gluonts_peft.estimator import PeftEstimator
+from gluonts_peft.registry import get_estimator
 from gluonts_peft.resume import read_checkpoint
 from gluonts_peft.trials import (
     ClusterError,
@@ -29,6 +33,7 @@ from gluonts_peft.trials import (
     TrialResult,
     TrialSpec,
     load_data,
+    load_search,
     print_ranking,
     ranking,
     run_trial,
@@ -300,7 +305,8 @@ def test_a_ranking_prints(tmp_path: Path) -> None:
     print_ranking(frame, console, limit=1)
     text = console.export_text()
     assert re.search(
-        r"rank +trial +status +validation MAE +adapter.name +training.learning_rate +test MAE +train", text
+        r"rank +trial +status +validation MAE +adapter.name +training.learning_rate +test MAE +zero-shot loss +tun",
+        text,
     )
     assert re.search(rf"1 +\d +finished +{frame['validation MAE'].iloc[0]:.4g} ", text)
     assert "1 more in ranking.csv" in text
@@ -326,8 +332,13 @@ def test_a_folder_is_of_one_search_one_data_and_one_code(tmp_path: Path) -> None
         serially(spec(num_samples=1, seed=1), tmp_path)
     path = tmp_path / "search.json"
     good = path.read_text()
-    for name, message in (("data", "the data of the search in "), ("code", "the search in ")):
-        path.write_text(json.dumps({**json.loads(good), name: {"gluonts-peft": "0.0"} if name == "code" else "0"}))
+    for name, other, message in (
+        ("data", "0", "the data of the search in "),
+        ("also", {"other": "0"}, "the data of also of the search in "),
+        ("weights", {"chronos bolt-nano": "0"}, "the pretrained weights of the search in "),
+        ("code", {"gluonts-peft": "0.0"}, "the search in "),
+    ):
+        path.write_text(json.dumps({**json.loads(good), name: other}))
         with pytest.raises(ValueError, match=f"^{message}"):
             serially(spec(num_samples=1), tmp_path)
     path.write_text(good)
@@ -335,6 +346,83 @@ def test_a_folder_is_of_one_search_one_data_and_one_code(tmp_path: Path) -> None
     path.write_text("{")
     with pytest.raises(SpecError, match=re.escape(f"'{path}' cannot be used: ")):
         ranking(tmp_path)
+
+
+def quick(**changes: Any) -> dict[str, Any]:
+    return {**BASE, "training": {**BASE["training"], "max_epochs": 1}, **changes}
+
+
+def test_a_search_is_of_one_set_of_weights(tmp_path: Path) -> None:
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    shutil.copytree(get_estimator("chronos").backbone_class.bundled()["bolt-nano"], checkpoint)
+    base = quick(checkpoint=str(checkpoint))
+    serially(spec(base=base, num_samples=1), out)
+    path = checkpoint / "model.safetensors"
+    good = path.read_bytes()
+    save_file({name: 1.3 * tensor for name, tensor in load_file(path).items()}, path)
+    message = f"the pretrained weights of the search in '{out}' have changed (chronos {checkpoint}); name another"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        serially(spec(base=base, num_samples=2), out)
+    path.write_bytes(good)
+    assert len(serially(spec(base=base, num_samples=2), out)) == 2
+
+
+def test_a_winner_that_is_no_better_than_zero_shot_is_said_to_be_so(tmp_path: Path) -> None:
+    base = quick(training={**BASE["training"], "max_epochs": 1, "learning_rate": 1.0})
+    path, out = tmp_path / "search.yaml", tmp_path / "out"
+    path.write_text(json.dumps(spec(base=base, num_samples=1).normal_form()))
+    with pytest.warns(TuningDidNotHelp, match=r"^the best trial, 0, is no better than zero-shot on the validation"):
+        frame = serially(load_search(path), out)
+    result = TrialResult.read(out / frame["folder"].iloc[0])
+    assert result is not None
+    assert result.gate is not None
+    losses = frame[["zero-shot loss", "tuned loss"]].iloc[0].tolist()
+    assert losses == [result.gate["zero_shot"], result.gate["tuned"]]
+    assert losses[0] < losses[1]
+    assert not pd.read_csv(out / "ranking.csv")["gate passed"].item()
+    done = cli(path, "--out", out, "--serial")
+    assert f"of its training: loss {losses[1]:.4g}, zero-shot {losses[0]:.4g}; '{out}/best' holds it" in done.output
+    assert f"best predictor: {out}/best (no better than zero-shot)\n" in done.output
+    assert (out / "best").is_dir()
+    console = Console(width=300, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    print_ranking(frame, console)
+    table = console.export_text()
+    assert re.search(rf" zero-shot loss +tuned loss +gate passed .*\n.*\n.* {losses[1]:.4g} +no ", table)
+
+
+def test_the_shortest_context_decides_what_all_trials_are_scored_on(tmp_path: Path) -> None:
+    rng, rows = np.random.default_rng(0), []
+    for item in range(12):
+        values = rng.normal(size=60)
+        if item % 2:
+            # The last window is 6 steps: 20 of history see the gap's other side, and 10 do not.
+            values[40:54] = np.nan
+        times = pd.date_range("2024-01-01", periods=60, freq="h")
+        rows.append(pd.DataFrame({"item_id": f"s{item}", "timestamp": times, "target": values}))
+    path = tmp_path / "gaps.csv"
+    pd.concat(rows).to_csv(path, index=False)
+    data = {"source": "file", "path": str(path), "windows": 1, "fractions": (0.5, 0.25, 0.25)}
+    contexts = {"context_length": {"space": "choice", "categories": [20, 10]}}
+    wanted = spec(base=quick(adapter="none", context_length=20, data=data), space=contexts, searcher="grid")
+    assert wanted.shortest_context() == 10
+    frame = serially(wanted, tmp_path / "out")
+    assert frame["context_length"].sort_values().tolist() == [10, 20]
+    results = [TrialResult.read(tmp_path / "out" / folder) for folder in frame["folder"]]
+    counts = [result.counts for result in results if result is not None]
+    assert counts[0] == counts[1]
+    assert 0 < counts[0]["skipped_nothing_seen"] < 3
+    alone = run_trial(wanted.trial({}), tmp_path / "alone")
+    assert alone.counts["skipped_nothing_seen"] == 0
+    # Validation windows decide, and are chosen likewise.
+    record = Record.read(tmp_path / "out" / frame[frame["context_length"] == 20]["folder"].item())
+    assert record.final is not None
+    entries = load_data(wanted.trial({}).data).validation
+    seen = [entry for entry in entries if np.isfinite(entry["target"][-16:-6]).any()]
+    assert 0 < len(seen) < len(entries)
+    zero_shot = Predictor.deserialize(tmp_path / "out" / "best")
+    assert frame["context_length"].iloc[0] in (10, 20)
+    best = frame["validation MAE"].iloc[0]
+    assert backtest(zero_shot, seen, windows=1)[MAE].item() == pytest.approx(best, rel=1e-5)
 
 
 def test_two_searches_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:

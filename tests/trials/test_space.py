@@ -336,6 +336,11 @@ def test_a_file_and_its_overrides(tmp_path: Path) -> None:
     [
         (None, "it cannot be read: No such file or directory"),
         ("a: [", "it is not YAML: "),
+        (
+            "base:\n  family: chronos\n  training:\n    max_epochs: 5\n    max_epochs: 7\n",
+            "line 5: key 'max_epochs' is there already, on line 4; drop one",
+        ),
+        ("base: {a: [{b: 1, b: 2}]}", "line 1: key 'b' is there already, on line 1; drop one"),
         ("space: {}", "expected a mapping with the keys base, space, objective and num_samples"),
     ],
 )

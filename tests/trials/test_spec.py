@@ -53,6 +53,13 @@ def exactly(message: str) -> str:
         ({"data": {"source": "hourly"}}, "data: source 'hourly' needs a path; name the file as data.path"),
         ({"data": {"source": "file", "path": "x", "patients": 5}},
          "data: patients 5 belongs to source 'simulated', not to 'file'; drop it"),
+        ({"data": {"patients": 0}},
+         "data.patients: 0 is neither a number of patients (simulated) nor the path of a table (hourly)"),
+        ({"data": {"patients": "x.csv"}},
+         "data: patients 'x.csv' is not for source 'simulated'; give a number of patients, or drop it"),
+        ({"data": {"source": "hourly", "path": "x", "patients": 5}},
+         "data: patients 5 is not for source 'hourly'; give the path of a table that says whose the stays are, or drop"
+         " it"),
         ({"data": {"path": "x.csv"}},
          "data: path 'x.csv' has no use for source 'simulated'; name source 'hourly' or 'file'"),
         ({"data": {"fractions": [0.5, 0.1, 0.1]}},
@@ -77,6 +84,25 @@ def exactly(message: str) -> str:
 def test_a_wrong_trial_is_refused_with_the_way_out(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=exactly(f"trial cannot be used: {message}")):
         spec(**changes)
+
+
+def test_data_that_name_no_table_of_patients_keep_their_hash() -> None:
+    hourly = {"source": "hourly", "path": "stays.parquet"}
+    assert spec(data=hourly).normal_form()["data"]["patients"] is None
+    assert spec(data=hourly).hash() == "d40431ae048a85149a7dbcb82f9da20cd11ef8ff9c0d4106c8963a0b41c361cf"
+    assert spec().hash() == "fd0420738734d538f952116e8e539d6723b0151bc5f9428e363bbdcec701625a"
+    assert spec(data={"patients": "200"}).hash() == spec().hash()
+    table = spec(data={**hourly, "patients": "patient.csv"}, also={"same": hourly, "other": {**hourly, "path": "x"}})
+    assert (table.also["same"].patients, table.also["other"].patients) == ("patient.csv", None)
+    assert TrialSpec(**table.normal_form()).hash() == table.hash() != spec(data=hourly).hash()
+
+
+def test_results_of_earlier_versions_know_no_patients_of_hourly_tables() -> None:
+    hourly = {"source": "hourly", "path": "stays.parquet"}
+    trial = spec(data=hourly, also={"made": {}, "all": {**hourly, "group": "item"}})
+    old = TrialResult(spec=trial, status="finished")
+    assert [old.unit(name) for name in ("", "made", "all")] == ["stay", "patient", "series"]
+    assert TrialResult(spec=trial, status="finished", units={"": "patient"}).unit() == "patient"
 
 
 def test_all_faults_are_listed_at_once() -> None:

@@ -37,11 +37,11 @@ def test_methods_are_compared_on_the_patients_of_both() -> None:
     better, same = base * 0.9, base + rng.normal(0, 0.2, 40)
     errors = {"zero-shot": series(list(base)), "good": series(list(better)), "same": series(list(same))[:30]}
     good, luck = compare(errors, {"good": "zero-shot", "same": "zero-shot", "gone": "zero-shot"})
-    assert (good.method, good.patients, good.share_better, good.verdict) == ("good", 40, 1.0, "better")
+    assert (good.method, good.units, good.share_better, good.verdict) == ("good", 40, 1.0, "better")
     assert good.change == pytest.approx(-10.0)
     assert good.p == pytest.approx(wilcoxon(better - base).pvalue)
     assert good.adjusted == pytest.approx(2 * good.p)
-    assert (luck.patients, luck.verdict) == (30, "no different")
+    assert (luck.units, luck.verdict) == (30, "no different")
     assert luck.p == pytest.approx(wilcoxon(same[:30] - base[:30]).pvalue)
     (worse,) = compare({"a": series([2.0] * 9), "b": series([1.0] * 9)}, {"a": "b"})
     assert (worse.verdict, worse.change) == ("worse", pytest.approx(100.0))

@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 
 from gluonts_peft.vitals import PLAUSIBLE, load_hourly, patient_of
+from gluonts_peft.vitals.hourly import hourly_units
 
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "vitals" / "eicu_demo_hourly.parquet"
+TABLE = REAL.parents[1] / "eicu-crd-demo-2.0.1" / "patient.csv.gz"
 NAN = float("nan")
 
 
@@ -61,12 +63,16 @@ def test_implausible_values_become_missing_unless_kept(tmp_path):
 
 def test_what_is_left_out_is_counted_in_the_log(tmp_path, caplog):
     path = write(
-        tmp_path, stay(1, range(3)), stay(2, range(4), hr=[0, 70, 0, 70], map=[NAN] * 4), stay(3, range(5), hr=[0] * 5)
+        tmp_path,
+        stay(1, range(-9, 3)),
+        stay(2, range(4), hr=[0, 70, 0, 70], map=[NAN] * 4),
+        stay(3, range(5), hr=[0] * 5),
     )
     with caplog.at_level(logging.INFO, logger="gluonts_peft.vitals.hourly"):
         entries = load_hourly(path, min_hours=4)
     assert [entry["item_id"] for entry in entries] == ["2/hr", "3/map"]
     assert caplog.messages == [
+        "9 rows before admission (hour below 0) are left out",
         "hr: 7 values outside 20 to 250 set to missing",
         "map: 0 values outside 20 to 200 set to missing",
         "1 of 3 stays are shorter than 4 hours and left out",
@@ -169,6 +175,89 @@ def test_an_empty_table_is_refused(tmp_path):
     path = write(tmp_path, stay(1, []))
     with fails(f"path '{path}' holds no rows; give a table with at least one"):
         load_hourly(path)
+
+
+def test_rows_before_admission_are_left_out(tmp_path):
+    path = write(tmp_path, stay(1, range(-2, 3)), stay(2, [-1]))
+    [entry] = load_hourly(path, vitals=["hr"], min_hours=3)
+    assert (entry["start"], len(entry["target"])) == (pd.Period("2000-01-01 00:00", "h"), 3)
+    path = write(tmp_path, stay(2, [-1]))
+    with fails(f"no row of '{path}' is left: every hour is below 0, before admission; count from admission"):
+        load_hourly(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "parquet"])
+@pytest.mark.parametrize("columns", [("patientUnitStayID", "uniquepid"), ("stay_id", "Patient")])
+def test_a_table_says_whose_the_stays_are(tmp_path, ending, columns):
+    path = write(tmp_path, stay(1, range(2)), stay(2, range(1)), stay(3, range(2)))
+    table = pd.DataFrame({columns[0]: [9, 3, 2, 1, 3], "age": 1, columns[1]: ["z", "NA", "b", "NA", "NA"]})
+    patients = tmp_path / f"patient.{ending}"
+    if ending == "parquet":
+        table.to_parquet(patients)
+    else:
+        table.to_csv(patients, index=False)
+    entries = load_hourly(path, min_hours=2, patients=patients)
+    assert [entry["item_id"] for entry in entries] == ["NA/1/hr", "NA/1/map", "NA/3/hr", "NA/3/map"]
+    # Also those of which nothing is left.
+    assert hourly_units(path, patients) == ["NA", "b"]
+    assert hourly_units(path) == ["1", "2", "3"]
+
+
+def test_a_column_says_whose_the_stays_are(tmp_path):
+    path = write(tmp_path, stay(1, range(2)).assign(patient="a"), stay(2, range(2)).assign(patient="a"))
+    assert [entry["item_id"] for entry in load_hourly(path, vitals=["hr"], min_hours=2)] == ["a/1/hr", "a/2/hr"]
+    assert hourly_units(path) == ["a"]
+    path = write(tmp_path, stay(1, range(2)).assign(patient=["a", "b"]))
+    with fails(f"stay_id 1 is of the patients 'a' and 'b' in '{path}'; keep one"):
+        load_hourly(path)
+
+
+def test_a_table_of_patients_that_cannot_be_used_is_refused(tmp_path):
+    path, table = write(tmp_path, stay(1, range(2)), stay(7, range(2))), tmp_path / "patient.csv"
+    for text, message in [
+        (
+            "stay_id,patient\n1,a\n",
+            f"stay_id 7 is not in the table patients '{table}' (1 of 2 are not); give the table that belongs to the "
+            "data",
+        ),
+        ("stay_id,patient\n1,a\n7,\n", f"the patient of stay_id 7 in '{table}' is ''; give a name without '/'"),
+        ("stay_id,patient\n1,a\n7,b/c\n", f"the patient of stay_id 7 in '{table}' is 'b/c'; give a name without '/'"),
+        ("stay_id,patient\n1,a\n7,a\n7,b\n", f"stay_id 7 is of the patients 'a' and 'b' in '{table}'; keep one"),
+        (
+            "stay_id,uniquepid\n1,a\n",
+            f"patients '{table}' has neither the columns patientunitstayid and uniquepid nor stay_id and patient; give "
+            "a table with a row for each stay",
+        ),
+    ]:
+        table.write_text(text)
+        with fails(message):
+            load_hourly(path, min_hours=1, patients=table)
+    for name, message in [
+        ("gone.csv", "does not exist; give the table that says whose the stays are"),
+        ("hourly.txt", "has an unknown ending; known: .csv, .csv.gz, .parquet"),
+    ]:
+        (tmp_path / "hourly.txt").touch()
+        with fails(f"patients '{tmp_path / name}' {message}"):
+            load_hourly(path, patients=tmp_path / name)
+
+
+@pytest.mark.skipif(not TABLE.is_file(), reason="the real stays, ../shared/data, are not on this machine")
+def test_the_real_stays_are_divided_by_patient():
+    from gluonts_peft.trials import DataSpec, load_data
+
+    def parts(**options):
+        data = load_data(DataSpec(source="hourly", path=str(REAL), vital="hr", **options))
+        return [
+            {entry["item_id"].split("/")[-2] for entry in part} for part in (data.train, data.validation, data.test)
+        ]
+
+    ids = pd.read_csv(TABLE, dtype=str).set_index("patientunitstayid")["uniquepid"]
+    by_patient = [set(ids[list(part)]) for part in parts(patients=str(TABLE))]
+    by_stay = [set(ids[list(part)]) for part in parts()]
+    assert by_patient[0].isdisjoint(by_patient[2])
+    assert by_patient[0].isdisjoint(by_patient[1])
+    assert by_patient[1].isdisjoint(by_patient[2])
+    assert not by_stay[0].isdisjoint(by_stay[2])
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason="the real stays, ../shared/data/vitals, are not on this machine")

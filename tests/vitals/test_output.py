@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ from gluonts_peft.data import read_dataset, split_by_item
 from gluonts_peft.vitals import PLAUSIBLE, STEPS, convert, load_eicu, load_hourly, patient_of, prepare, write
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"
+SEARCHES = Path(__file__).parents[2] / "ray_configs" / "searches"
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "bench_vitals.py"
 LOST = (
     "no series is left to write to '{}': of 30 stays 30 have values, 30 are left after 'plausibility', 30 are left "
@@ -155,6 +158,85 @@ def test_one_part_for_trials_which_divide_by_patient(folder, tmp_path):
     assert np.isfinite(scores["MSE[0.5]"]).all()
 
 
+def test_trials_read_the_whole_folder_and_refuse_what_is_divided_or_would_divide_a_patient(folder, tmp_path):
+    from gluonts_peft.trials import DataSpec, load_data
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    convert(load_eicu, folder, whole, fractions=None)
+    convert(load_eicu, folder, parts)
+    data = {"source": "file", "vital": "map", "windows": 1}
+    found = [load_data(DataSpec(**data, group="patient", path=str(path))) for path in (whole, whole / "all")]
+    assert found[0].fingerprint == found[1].fingerprint
+    assert {entry["item_id"] for entry in read_dataset(whole)} == {
+        entry["item_id"] for entry in read_dataset(whole / "all")
+    }
+    with fails(
+        f"path '{parts}' holds vital signs that are divided already, into train, validation, test; trials divide by "
+        "themselves: prepare them with --fractions '' and give the folder 'all'"
+    ):
+        load_data(DataSpec(**data, group="patient", path=str(parts)))
+    for path in (whole, whole / "all", parts / "train", whole / "all" / "data.arrow"):
+        top = whole if whole in (path, *path.parents) else parts
+        with fails(
+            f"path '{path}' holds prepared vital signs ('{top / 'manifest.json'}'), several series of a patient, who "
+            "would be in several parts; write data.group: patient"
+        ):
+            load_data(DataSpec(**data, path=str(path)))
+
+
+def test_a_prepared_patient_is_in_the_same_part_for_every_vital_sign(folder, tmp_path):
+    from gluonts_peft.trials import DataSpec, load_data
+
+    # Two patients without pressures, one without a heart rate.
+    path = folder / "vitalPeriodic.csv.gz"
+    frame = pd.read_csv(path)
+    stay = frame["patientunitstayid"] % 20
+    frame.loc[stay.isin([3, 4]), ["systemicsystolic", "systemicmean", "systemicdiastolic"]] = np.nan
+    frame.loc[stay == 5, "heartrate"] = np.nan
+    frame.to_csv(path, index=False)
+    convert(load_eicu, folder, tmp_path / "out", fractions=None)
+    convert(load_eicu, folder, tmp_path / "parts")
+    options = {"source": "file", "path": str(tmp_path / "out" / "all"), "group": "patient", "split_seed": 42}
+    for vital in ("hr", "map"):
+        found = load_data(DataSpec(**options, vital=vital, fractions=(0.8, 0.1, 0.1)))
+        for part in ("train", "validation", "test"):
+            written = [entry["item_id"] for entry in read_dataset(tmp_path / "parts" / part)]
+            assert [entry["item_id"] for entry in getattr(found, part)] == [
+                item for item in written if item.endswith(f"/{vital}")
+            ]
+
+
+@pytest.mark.parametrize("name", ["lora_tsfm", "beyond_lora"])
+def test_the_ready_searches_run_on_data_prepared_as_they_say(folder, tmp_path, name):
+    pytest.importorskip("ray")
+    from gluonts_peft.trials import load_search, search
+
+    path = SEARCHES / f"{name}.yaml"
+    [command] = re.findall(r"gluonts-peft (vitals eicu .*)", path.read_text())
+    before = load_search(path)
+    arguments = [
+        str(folder) if word == "eicu-crd-2.0" else word.replace("/shared/data", str(tmp_path))
+        for word in shlex.split(command)
+    ]
+    assert run(*arguments).exit_code == 0
+    data = before.base["data"]["path"].replace("/shared/data", str(tmp_path))
+    tiny = {"training.max_epochs": 1, "training.num_batches_per_epoch": 2, "training.device": "cpu"}
+    if "adapter.n_frequency" in before.space:
+        # Matrices of the bundled model are smaller than those of the paper's.
+        tiny["adapter.n_frequency"] = {**before.space["adapter.n_frequency"].model_dump(), "categories": [10]}
+    changes = {
+        **tiny,
+        "checkpoint": "bolt-nano",
+        "data.path": data,
+        "num_samples": 1,
+        "scheduler": "fifo",
+        "searcher": "random",
+    }
+    ranking = search(load_search(path, changes), tmp_path / "run", serial=True)
+    assert ranking["status"].tolist() == ["finished"], ranking["error"].tolist()
+    assert np.isfinite(ranking[["validation MSE", "validation DTW"]].to_numpy(float)).all()
+
+
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("when", ["first", "late"])
 def test_a_failed_run_leaves_nothing(folder, tmp_path, monkeypatch, kind, when):
@@ -193,13 +275,58 @@ def test_a_folder_in_use_is_left_alone(folder, tmp_path):
     for wrong, message in [
         (out, f"out '{out}' is in use; name a new folder"),
         (out / "notes.txt", f"out '{out / 'notes.txt'}' is in use; name a new folder"),
-        (tmp_path / "a" / "b", f"the folder of out '{tmp_path / 'a' / 'b'}' does not exist; make it first"),
     ]:
         with fails(message):
             convert(load_eicu, folder, wrong)
         with fails(message):
             write(load_eicu(folder), wrong)
     assert files(out) == {"notes.txt": b"mine"}
+
+
+def test_parents_of_the_folder_are_made_and_go_away_with_what_failed(folder, tmp_path):
+    with pytest.raises(ValueError, match="no series is left"):
+        convert(load_eicu, folder, tmp_path / "a" / "b" / "out", options={"windows": {"past": 20.0}})
+    assert [path.name for path in tmp_path.iterdir()] == ["download"]
+    convert(load_eicu, folder, tmp_path / "a" / "b" / "out", fractions=None)
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["out"]
+
+
+def test_what_cannot_be_used_is_refused_before_a_table_is_opened(tmp_path):
+    """The folder of the download does not exist."""
+    for options, message in [
+        (["--fractions", "0.8,0.1"], "fractions (0.8, 0.1) must be three, of train, validation, test"),
+        (["--fractions", "0.8,0.1,0.2"], "fractions (0.8, 0.1, 0.2) must be at least 0 and add up to 1, as"),
+        (["--seed=-1"], "seed is -1; give at least 0"),
+        (["--freq", "7min"], "freq '7min' is not a step of whole minutes that divides a day; give one like '5min'"),
+        (["--freq", "48min"], "windows.past is 6 hours, which is not a number of steps of 48 minutes"),
+        (["--set", "windows.past=0.51"], "windows.past is 0.51 hours, which is not a number of steps of 5 minutes"),
+        (["--set", "windows.past=true"], "windows.past is True; give a number"),
+        (["--set", "windows.stride=often"], "windows.stride is 'often'; give a number, or leave it out"),
+        (["--set", "windows.max_missing=.nan"], "windows.max_missing is nan; give a number"),
+        (["--set", "smooth.points=abc"], "smooth.points is 'abc'; give a whole number"),
+        (["--set", "smooth.points=2.5"], "smooth.points is 2.5; give a whole number"),
+        (["--set", "smooth.method=3"], "smooth.method is 3; give a name"),
+        (["--set", "smooth.method=mena"], "smooth.method 'mena' is unknown; known: mean, butterworth"),
+        (["--set", "smooth.cutoff=2"], "smooth.cutoff is 2; give a share of half the sampling rate, between 0 and 1"),
+        (["--set", "smooth.order=0"], "smooth.order is 0; give at least 1"),
+        (["--set", "fill.limit=[1]"], "fill.limit is [1]; give a whole number, or leave it out"),
+        (["--set", "fill.limit=0"], "fill.limit is 0; give at least 1, or none"),
+        (["--set", "fill.backward=maybe"], "fill.backward is 'maybe'; give true or false"),
+        (["--set", "scale.ranges={map: [0, 1]}"], "scale.ranges has no range for 'hr'; known: map"),
+        (["--set", "scale.ranges={hrr: [0, 1]}"], "scale.ranges names 'hrr', which is unknown; known: hr, map, sbp"),
+        (["--set", "scale.ranges={hr: [20]}"], "scale.ranges of 'hr' is 20; give two values, the higher one last"),
+        (["--set", "scale.ranges={hr: [9, 5]}"], "scale.ranges of 'hr' is 9 to 5; give two values, the higher one"),
+        (["--set", "scale.ranges={hr: [a, 5]}"], "scale.ranges of 'hr' is 'a'; give a number"),
+        (["--set", "scale.ranges=5"], "scale.ranges is 5; give a range for each vital sign, as {hr: [20, 250]}"),
+    ]:
+        result = run("vitals", "eicu", tmp_path / "gone", "--out", tmp_path / "out", *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"error: {message}"), result.stderr
+    with fails("ranges.ranges names 'hrr', which is unknown; known: hr, map, sbp, dbp, resp, o2sat"):
+        convert(
+            load_eicu, tmp_path / "gone", tmp_path / "out", steps=["ranges"], options={"ranges": {"ranges": {"hrr": 1}}}
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_arguments_leave_nothing(folder, tmp_path):
