@@ -19,6 +19,8 @@ def _house_rules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
+        # Processes that tests start count as these do.
+        patch.setenv("OMP_NUM_THREADS", "1")
         # No folder can be made below a file.
         patch.setenv("HOME", str(blocker / "home"))
         # Lightning imports matplotlib, which complains where it has no place for its list of fonts.
