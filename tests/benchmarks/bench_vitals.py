@@ -39,11 +39,13 @@ TOGETHER = 400
 
 CHILD = """
 import json, sys, time
+from functools import wraps
 from pathlib import Path
 from gluonts_peft.vitals import convert, load_eicu
 
 seconds = {}
 
+@wraps(load_eicu)
 def timed(*arguments, **options):
     start = time.perf_counter()
     stays = load_eicu(*arguments, **options)
