@@ -249,8 +249,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             backbone.to(resolve_device(self.options.device))
             before = joint.scores(backbone, validation, levels, forecasts=not backbone.untrained)
             # Losses of a new head and of the model's own differ in kind.
-            own = {} if levels is None else joint.scores(backbone, validation, levels, forecasts=False)
-            joint = joint.scaled(before if levels is None else own)
+            joint = joint.scaled(before, forecasts=levels is None)
             if before and not (backbone.untrained and joint.forecasts):
                 score = partial(_relative, joint, backbone, validation, levels, before)
         result = fit(

@@ -150,8 +150,9 @@ class Joint:
         terms = [share * scores[name] / (before[name] or 1.0) for name, share in shares.items()]
         return math.fsum(terms) / math.fsum(shares.values())
 
-    def scaled(self, scores: Mapping[str, float]) -> Joint:
-        """Return the same tasks, with what they score before tuning as their scale, if they are among the scores.
+    def scaled(self, scores: Mapping[str, float], *, forecasts: bool = True) -> Joint:
+        """Return the same tasks, with what they score before tuning as their scale, if they are among the scores; those
+        that forecast only if wanted.
 
         Raises
         ------
@@ -161,7 +162,14 @@ class Joint:
         for name, score in scores.items():
             if not math.isfinite(score):
                 raise ValueError(f"task {name!r} has loss {score} before tuning; look for extreme values in the data")
-        return Joint(tuple(replace(task, scale=scores.get(task.name) or 1.0) for task in self.tasks))
+        return Joint(
+            tuple(
+                replace(task, scale=scores.get(task.name) or 1.0)
+                if forecasts or not isinstance(task.loss, ForecastLoss)
+                else task
+                for task in self.tasks
+            )
+        )
 
 
 def parse_tasks(tasks: Sequence[Mapping[str, Any]], prediction_length: int) -> Joint:
