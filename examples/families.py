@@ -23,7 +23,7 @@ from rich.table import Table
 
 from gluonts_peft import PeftPredictor, backtest, get_estimator, list_families
 from gluonts_peft.backtesting import SeasonalNaive
-from gluonts_peft.data import split_by_item
+from gluonts_peft.series.table import split_by_item
 from gluonts_peft.vitals import load_hourly, patient_of
 
 HORIZON = 12

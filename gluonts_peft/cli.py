@@ -311,8 +311,8 @@ def fit(
     if task not in ("forecast", "reconstruct"):
         raise ValueError(f"--task {task} is unknown; name forecast or reconstruct")
     with _new_folder(out, resume) as training:
-        from .data import read_dataset
         from .registry import get_adapter, get_estimator
+        from .series.table import read_dataset
         from .training import TuningDidNotHelp
 
         columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
@@ -399,7 +399,7 @@ def forecast(
     overwrite: Overwrite = False,
 ) -> None:
     """Forecast the steps after the end of each series of DATA, with a tuned model or zero-shot."""
-    from .data import read_dataset, write_forecasts
+    from .series.table import read_dataset, write_forecasts
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
     dataset = read_dataset(data, freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
@@ -439,7 +439,7 @@ def backtest(
 
     from .backtesting import SeasonalNaive
     from .backtesting import backtest as score
-    from .data import read_dataset
+    from .series.table import read_dataset
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
     dataset = read_dataset(data, freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
@@ -503,7 +503,7 @@ def detect(
 
     from .anomaly import QUALITY, evaluate, write_detections
     from .anomaly import detect as find
-    from .data import read_dataset
+    from .series.table import read_dataset
 
     columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp, dtype=np.float64)
     if model is None and horizon is None and method in ("auto", "reconstruction", "visible") and _reconstructs(family):
@@ -593,9 +593,9 @@ def impute(
     """Fill the gaps of each series of DATA; observed values stay as they are."""
     import numpy as np
 
-    from .data import read_dataset, writable
     from .imputation import impute as fill
     from .imputation import write_imputed
+    from .series.table import read_dataset, writable
 
     writable(out, overwrite)
     if model is None:

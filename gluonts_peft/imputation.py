@@ -24,16 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .data import writable, write_table
 from .registry import adapter_names, get_adapter, unknown
+from .series.table import writable, write_table
 from .training import fit, to_device
 from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
     from .backbone import Backbone
-    from .data import DataEntry
     from .estimator import PeftEstimator
     from .predictor import PeftPredictor
+    from .series.table import DataEntry
 
 __all__ = ["Reconstruction", "impute", "reconstruction_loss", "train_reconstruction", "write_imputed"]
 

@@ -458,7 +458,7 @@ def test_debug_shows_the_traceback_of_wrong_input() -> None:
 def test_forecast_writes_what_the_predictor_says(ending: str, data: Path, model: Path, tmp_path: Path) -> None:
     from gluonts.model import Predictor
 
-    from gluonts_peft.data import read_dataset
+    from gluonts_peft.series.table import read_dataset
 
     out = tmp_path / f"forecasts{ending}"
     command = ["forecast", data, "--model", model, "--out", out, "--device", "cpu"]
@@ -514,7 +514,7 @@ def test_a_predictor_refuses_other_base_weights(data: Path, model: Path, tmp_pat
 def test_backtest_puts_zero_shot_and_naive_beside_the_model(data: Path, model: Path, tmp_path: Path) -> None:
     from gluonts_peft import PeftPredictor
     from gluonts_peft import backtest as score
-    from gluonts_peft.data import read_dataset
+    from gluonts_peft.series.table import read_dataset
 
     out = tmp_path / "scores.csv"
     command = ["backtest", data, "--model", model, "--windows", "2", "--out", out, "--device", "cpu"]

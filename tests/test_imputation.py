@@ -328,7 +328,7 @@ def test_training_that_makes_no_sense_is_refused(adapter: str, options: dict[str
 
 
 def test_imputed_values_are_written_with_their_mark(moment: Backbone, tmp_path: Path) -> None:
-    from gluonts_peft.data import read_dataset
+    from gluonts_peft.series.table import read_dataset
 
     dataset = [entry(with_gaps(daily(100), (10, 14)), "x"), entry(daily(50), "y")]
     filled = impute(moment, dataset)

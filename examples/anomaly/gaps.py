@@ -37,7 +37,7 @@ def main() -> None:
     if arguments.data is None:
         truth = simulate(arguments.steps)
     else:
-        from gluonts_peft.data import read_dataset
+        from gluonts_peft.series.table import read_dataset
 
         columns = dict(item_id=None, timestamp=arguments.timestamp, target=arguments.target)
         [series] = read_dataset(arguments.data, **columns)

@@ -29,9 +29,9 @@ from gluonts.time_feature.seasonality import get_seasonality
 from numpy.typing import NDArray
 
 from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
-from ..data import DataEntry, read_dataset, split_by_item
 from ..files import write_atomically
 from ..registry import get_estimator
+from ..series.table import DataEntry, read_dataset, split_by_item
 from ..synthetic import sample_series
 from ..vitals import load_hourly, patient_of, simulate_vitals
 from ..vitals.hourly import hourly_units

@@ -119,7 +119,7 @@ class DataSpec(_Spec):
     ----------
     source
         ``"simulated"`` (:func:`gluonts_peft.vitals.simulate_vitals`: no patient ever had these values), ``"hourly"``
-        (:func:`gluonts_peft.vitals.load_hourly`), ``"file"`` (:func:`gluonts_peft.data.read_dataset`) or
+        (:func:`gluonts_peft.vitals.load_hourly`), ``"file"`` (:func:`gluonts_peft.series.table.read_dataset`) or
         ``"synthetic"`` (:func:`gluonts_peft.synthetic.sample_series`, taken as hourly: the recipe that bundled
         checkpoints were pretrained on).
     path

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gluonts_peft.data import require_columns
+from gluonts_peft.series.table import require_columns
 
 __all__ = ["PLAUSIBLE", "hourly_units", "load_hourly"]
 

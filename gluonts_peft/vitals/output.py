@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data import split_by_item
+from ..series.table import split_by_item
 from .simulate import patient_of
 from .stays import PRESSURES, DataEntry, Stays
 from .steps import PAPER_STEPS, check_steps, prepare
@@ -39,8 +39,8 @@ def write(
 ) -> dict[str, Any]:
     """Write stays as a folder of GluonTS Arrow files; it appears whole or not at all.
 
-    Each part, such as ``OUT/train``, can be read by `gluonts_peft.data.read_dataset` and by a trial's ``data`` (source
-    ``"file"``). Equal data and options give equal bytes.
+    Each part, such as ``OUT/train``, can be read by `gluonts_peft.series.table.read_dataset` and by a trial's ``data``
+    (source ``"file"``). Equal data and options give equal bytes.
 
     Parameters
     ----------
@@ -51,8 +51,8 @@ def write(
     vitals
         Those that are written; by default all that were read.
     fractions
-        Shares of the patients for training, validation and test, as in `gluonts_peft.data.split_by_item`. None writes
-        one part, ``all``, for trials, which divide by themselves.
+        Shares of the patients for training, validation and test, as in `gluonts_peft.series.table.split_by_item`. None
+        writes one part, ``all``, for trials, which divide by themselves.
     seed
         Seed of the split.
     progress

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gluonts_peft import cli
-from gluonts_peft.data import read_dataset, split_by_item
+from gluonts_peft.series.table import read_dataset, split_by_item
 from gluonts_peft.vitals import PLAUSIBLE, STEPS, convert, load_eicu, load_hourly, patient_of, prepare, write
 
 DATA = Path(__file__).parents[2] / ".." / "shared" / "data"

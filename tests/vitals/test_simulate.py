@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gluonts_peft.data import split_by_item
+from gluonts_peft.series.table import split_by_item
 from gluonts_peft.vitals import patient_of, simulate_vitals
 
 RANGES = {"hr": (40, 180), "map": (40, 140)}
@@ -175,7 +175,7 @@ def test_wrong_arguments_are_named(options, message):
 
 
 def test_the_modules_leave_torch_out():
-    code = "import sys, gluonts_peft.data, gluonts_peft.vitals as v; v.load_hourly, v.simulate_vitals; "
+    code = "import sys, gluonts_peft.series.table, gluonts_peft.vitals as v; v.load_hourly, v.simulate_vitals; "
     code += "sys.exit(sorted({'torch', 'ray', 'lightning'} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

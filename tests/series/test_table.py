@@ -15,7 +15,7 @@ from gluonts.dataset.common import MetaData, TrainDatasets
 from gluonts.dataset.jsonl import JsonLinesWriter
 from gluonts.model.forecast import QuantileForecast, SampleForecast
 
-from gluonts_peft.data import read_dataset, split_by_item, write_forecasts
+from gluonts_peft.series.table import read_dataset, split_by_item, write_forecasts
 
 
 def write(folder, text, name="table.csv"):
@@ -163,7 +163,7 @@ def test_time_zones_are_converted_to_utc(tmp_path):
 
 def test_the_number_of_filled_time_stamps_is_logged(tmp_path, caplog):
     path = write(tmp_path, rows("a", ["2024-01-01", "2024-01-02", "2024-01-06"]))
-    with caplog.at_level(logging.INFO, logger="gluonts_peft.data"):
+    with caplog.at_level(logging.INFO, logger="gluonts_peft.series.table"):
         read_dataset(path)
     assert caplog.messages == [f"'{path}': 3 missing time stamps filled with NaN at freq D"]
 

@@ -1,0 +1,3 @@
+"""Series in and out: tables and files, calendars, the check of entries."""
+
+__all__: list[str] = []
