@@ -686,7 +686,7 @@ def _run_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any], **op
     from .trials import load_study, print_table, run_study, write_report
 
     results = run_study(load_study(spec, overrides), out, jobs=jobs, progress=sys.stderr.isatty(), **options)
-    print_table(results, _console())
+    print_table(results, _console(), folder=out)
     _say(f"report: {write_report(out)}")
     if failed := sum(result.status == "failed" for result in results):
         _say(f"error: {failed} of {len(results)} trials failed; run it again to try these again", stderr=True)

@@ -193,13 +193,26 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tenso
 
 def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]], loss: Loss | None = None) -> float:
     """Return the mean of the family's loss, or of another one, over validation batches."""
-    total, count = 0.0, 0
+    mean = _Mean()
     with backbone.inference():
         for batch in batches:
-            losses = _losses(backbone, to_device(batch, backbone.device), loss)
-            total += losses.double().sum().item()
-            count += len(losses)
-    return total / count
+            mean.add(_losses(backbone, to_device(batch, backbone.device), loss))
+    return mean.value
+
+
+class _Mean:
+    """A mean over windows in double precision: the one that epochs and the gate are compared by."""
+
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
+
+    def add(self, losses: Tensor) -> None:
+        self.total += losses.double().sum().item()
+        self.count += len(losses)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count
 
 
 def _losses(backbone: Backbone, batch: Mapping[str, Tensor], loss: Loss | None) -> Tensor:
@@ -226,6 +239,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         self.rate = rate
         self.updates = updates
         self.strict_loading = False
+        self.validated = _Mean()
 
     def training_step(self, _: Any, index: int) -> Tensor:
         step = self.current_epoch * self.options.num_batches_per_epoch + index
@@ -245,8 +259,13 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
             self._done = self.global_step
             self.adapter.after_step(self._done - 1)
 
+    def on_validation_epoch_start(self) -> None:
+        self.validated = _Mean()
+
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
         losses = _losses(self.backbone, batch, self.loss)
+        self.validated.add(losses)
+        # For the bar and for callbacks of others, in single precision.
         self.log("val_loss", losses.mean(), batch_size=len(losses), prog_bar=True)
 
     def configure_optimizers(self) -> Any:
@@ -306,7 +325,7 @@ class _Keeper(Callback):  # type: ignore[misc]
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        score = float(trainer.callback_metrics["val_loss"])
+        score = pl_module.validated.value
         if not math.isfinite(score):
             logger.warning("validation loss is %s after epoch %d: training stops", score, trainer.current_epoch)
             self.stopped = True
@@ -327,7 +346,7 @@ class _Keeper(Callback):  # type: ignore[misc]
             {
                 "epoch": trainer.current_epoch,
                 "train_loss": float(metrics["train_loss"]),
-                "val_loss": float(metrics["val_loss"]),
+                "val_loss": pl_module.validated.value,
             }
         )
         self.seconds = time.perf_counter() - self._started

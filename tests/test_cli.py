@@ -640,7 +640,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     functions = {
         "load_study": load_study,
         "run_study": run_study,
-        "print_table": lambda results, console: console.print("the table"),
+        "print_table": lambda results, console, folder: console.print("the table"),
         "write_report": lambda folder: folder / "report.html",
     }
     for name, function in functions.items():

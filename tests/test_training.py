@@ -537,6 +537,15 @@ def test_the_weights_of_the_best_epoch_are_kept() -> None:
     assert predictor.gate.tuned == pytest.approx(losses[best], rel=1e-5)
 
 
+def test_epochs_and_the_gate_are_compared_by_one_mean() -> None:
+    """Over windows whose losses differ by orders of magnitude, so that single precision would show."""
+    data = [{**entry, "target": entry["target"] * 10.0**i} for i, entry in enumerate(make_dataset())]
+    predictor = make_estimator(checkpoint="bolt-nano", max_epochs=3, validation_windows=4).train(data)
+    losses = [entry["val_loss"] for entry in predictor.fit.history]
+    assert predictor.gate.tuned == min(losses)
+    assert float(np.float32(losses[0])) != losses[0]
+
+
 class Poison(Callback):
     """Makes the weights NaN in the middle of an epoch."""
 

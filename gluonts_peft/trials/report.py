@@ -28,8 +28,10 @@ from .tables import (
     MARKS,
     METRICS,
     NAIVE_KIND,
+    NO_DIFFERENT,
     SCRATCH,
     TIE,
+    TOO_FEW,
     WORSE,
     ZERO_SHOT,
     Row,
@@ -51,7 +53,9 @@ __all__ = ["METRICS", "load_results", "print_table", "table", "write_report"]
 _GAP = 3
 
 
-def print_table(results: Iterable[TrialResult], console: Console | None = None) -> None:
+def print_table(
+    results: Iterable[TrialResult], console: Console | None = None, *, folder: str | Path | None = None
+) -> None:
     """Print one table for each kind of data, the best value of a column in bold.
 
     Parameters
@@ -60,6 +64,8 @@ def print_table(results: Iterable[TrialResult], console: Console | None = None) 
         Results of trials.
     console
         Where to print; standard output if None.
+    folder
+        Of the study: then verdicts are those of the report, from paired tests over patients or series.
     """
     from rich.box import SIMPLE
     from rich.console import Console
@@ -68,7 +74,7 @@ def print_table(results: Iterable[TrialResult], console: Console | None = None) 
 
     console = console or Console()
     results = list(results)
-    frame = table(results)
+    frame = table(results, tests=None if folder is None else tests_of(rows_of(results, []), Path(folder)))
     for data in data_of(frame):
         view = _View(part_of(frame, data))
         title: Text | None = Text(f"{data} ({_where(results)})")
@@ -108,8 +114,8 @@ def write_report(folder: str | Path) -> Path:
     expected = expand(study)
     results = load_results(folder)
     rows = rows_of(results, expected)
-    frame = table(results, expected)
     tests = tests_of(rows, folder)
+    frame = table(results, expected, tests)
     write_atomically(folder / "report.csv", frame.to_csv())
     write_atomically(folder / "tests.csv", tests.to_csv(index=False))
     title = f"{study.title} ({_where(expected)})"
@@ -139,7 +145,8 @@ class _View:
     HEADERS = ("MSE", "MAE", "MAPE %", "DTW distance", "DTW path error", "quantile loss", "within 80 %", "s", "MB")
 
     def __init__(self, frame: pd.DataFrame) -> None:
-        self.headers = ["method", "parameters", *self.HEADERS, "vs zero-shot", "gate"]
+        self.headers = ["method", "parameters", *self.HEADERS, "vs zero-shot", "handed over"]
+        self.tested = "tested" in frame
         self.verdicts = [str(verdict) for verdict in frame["verdict"]]
         self.errors = {method: row["error"] for method, row in frame.iterrows() if row["error"]}
         scaled = {name: (100.0 if name in ("MAPE", COVERAGE) else 1.0) for name in self.COLUMNS}
@@ -194,14 +201,18 @@ class _View:
                     chunk[j] = whole[j]
         return chunks
 
-    @staticmethod
-    def legend() -> str:
+    def legend(self) -> str:
         """Explain the signs."""
+        verdict = (
+            "▲ better and ▼ worse by a paired test, ≈ no different by it"
+            if self.tested
+            else "▲ better, ▼ worse, ≈ within one standard deviation over seeds"
+        )
         return (
             "Mean ± standard deviation over seeds, on the same test windows; bold: best of the column. Within 80 %:"
-            " share of labels, in per cent, between the 0.1 and 0.9 quantiles. Vs zero-shot: change of MAE, ▲ better,"
-            " ▼ worse, ≈ within one standard deviation over seeds. Gate: trials in which tuning beat zero-shot on the"
-            " validation windows. Point forecasts have no interval; their quantile loss takes the point for all levels."
+            f" share of labels, in per cent, between the 0.1 and 0.9 quantiles. Vs zero-shot: change of MAE, {verdict}."
+            " Handed over: trials whose gate, which looks at the validation windows alone, would return the tuned model"
+            " and not zero-shot. Point forecasts have no interval; their quantile loss takes the point for all levels."
         )
 
 
@@ -218,12 +229,18 @@ def _sentences(frame: pd.DataFrame) -> list[tuple[str, str]]:
         elif row["kind"] == ZERO_SHOT:
             sentence = f"{score}; what the others are measured against."
         elif not row["verdict"]:
-            sentence = f"{score}; zero-shot has not run, so nothing can be said."
+            sentence = f"{score}; there is nothing of zero-shot to compare it with, so nothing can be said."
         elif row["verdict"] == TIE:
             sentence = f"{score}: no different from zero-shot, {change} is within one standard deviation over {seeds}."
         else:
-            direction = "better" if row["verdict"] == BETTER else "worse"
-            sentence = f"{score}: {change} {direction} than zero-shot ({seeds})."
+            mean = f"MAE {change} {'higher' if row['change %'] > 0 else 'lower'}"
+            sentence = {
+                BETTER: f"{score}: better than zero-shot, {mean}",
+                WORSE: f"{score}: worse than zero-shot, {mean}",
+                NO_DIFFERENT: f"{score}: no different from zero-shot beyond chance, {mean}",
+                TOO_FEW: f"{score}: no evidence against zero-shot, {mean}",
+            }[row["verdict"]]
+            sentence += f" ({'; '.join(filter(None, [row.get('tested', ''), seeds]))})."
             if row["finished"] == 1 and row["kind"] != NAIVE_KIND:
                 sentence += " One seed cannot tell this from luck."
         if not math.isnan(row["gate passed"]) and row["gate passed"] < row["finished"]:
@@ -359,8 +376,8 @@ def _html(
     ]
     for data in data_of(frame):
         part, own = part_of(frame, data), [row for row in rows if row.data == data]
-        parts += [f"<h2>{text(data)}</h2>", _html_table(_View(part))]
-        parts.append(f'<p class="note">{text(_View.legend())}</p>')
+        view = _View(part)
+        parts += [f"<h2>{text(data)}</h2>", _html_table(view), f'<p class="note">{text(view.legend())}</p>']
         sentences = _sentences(part)
         parts.append(f"<h3>What it says</h3><p>{text(_summary(part))}</p><ul>")
         parts += [f"<li><b>{text(method)}</b>: {text(sentence)}</li>" for method, sentence in sentences]
@@ -432,8 +449,8 @@ def _summary(frame: pd.DataFrame) -> str:
     counts = adapters["verdict"].value_counts()
     return (
         f"Of {len(adapters)} ways to tune, {counts.get(BETTER, 0)} are better than zero-shot in MAE,"
-        f" {counts.get(TIE, 0)} no different and {counts.get(WORSE, 0)} worse;"
-        f" {counts.get('', 0)} cannot be judged."
+        f" {counts.get(TIE, 0) + counts.get(NO_DIFFERENT, 0)} no different and {counts.get(WORSE, 0)} worse;"
+        f" {counts.get('', 0) + counts.get(TOO_FEW, 0)} cannot be judged."
     )
 
 
@@ -443,7 +460,7 @@ def _html_table(view: _View) -> str:
     for i, row in enumerate(view.cells):
         cells = []
         for j, cell in enumerate(row):
-            judged = view.verdicts[i] if j == len(row) - 2 else ""
+            judged = view.verdicts[i] if j == len(row) - 2 and view.verdicts[i] in (BETTER, WORSE) else ""
             names = " ".join(filter(None, ["best" if (i, j) in view.best else "", judged]))
             cells.append(f'<td class="{names}">{html.escape(cell)}</td>' if names else f"<td>{html.escape(cell)}</td>")
         lines.append(f"<tr>{''.join(cells)}</tr>")

@@ -14,14 +14,18 @@ from .figures import Curve
 from .grid import trial_folder
 from .run import WINDOWS
 from .spec import BASELINE, TrialSpec, describe_adapter
-from .statistics import LEVEL, compare, mean_ranks, patient_errors
+from .statistics import LEAST, LEVEL, compare, mean_ranks, patient_errors
 from .tables import (
     ADAPTER,
     BASELINES,
+    BETTER,
     FULL,
     JUDGE,
+    MARKS,
     METRICS,
     SCRATCH,
+    TOO_FEW,
+    WORSE,
     ZERO_SHOT,
     Row,
     decimals_of,
@@ -142,11 +146,14 @@ def tests_of(rows: list[Row], folder: Path) -> pd.DataFrame:
                         "unit": unit,
                         **vars(each),
                         "verdict": each.verdict,
+                        "note": each.note,
                     }
                     for each in compare(errors, references)
                 ]
-    columns = ["data", "scored on", "against", "method", "reference", "unit", "units", "change", "share_better", "p"]
-    frame: pd.DataFrame = pd.DataFrame(found, columns=[*columns, "adjusted", "verdict"])
+    columns = ["data", "scored on", "against", "method", "reference", "unit", "units", "differing", "change"]
+    frame: pd.DataFrame = pd.DataFrame(
+        found, columns=[*columns, "share_better", "ranks", "p", "adjusted", "verdict", "note"]
+    )
     return frame
 
 
@@ -179,8 +186,10 @@ def _test_section(name: str, frame: pd.DataFrame, tests: pd.DataFrame) -> Sectio
             if test is None:
                 row += ["–", "–", "–"]
             else:
-                change = f"{test['change']:+.1f} % {_TEST_MARKS[test['verdict']]}".strip()
-                row += [change, f"{100 * test['share_better']:.0f} %", _p_value(test["adjusted"])]
+                change = f"{test['change']:+.1f} % {MARKS.get(test['verdict'], '')}".strip()
+                change += f" ({test['note']})" if test["note"] and test["verdict"] in (BETTER, WORSE) else ""
+                p = TOO_FEW if test["verdict"] == TOO_FEW else _p_value(test["adjusted"])
+                row += [change, f"{100 * test['share_better']:.0f} %", p]
         cells.append(row)
     over = " or ".join(str(count) for count in sorted(set(tests["units"])))
     unit = next(iter(tests["unit"]), "patient")
@@ -190,8 +199,10 @@ def _test_section(name: str, frame: pd.DataFrame, tests: pd.DataFrame) -> Sectio
         f"Forgetting: error on {name}, which was not trained on" if name else "Is it more than luck?",
         f"Errors of windows are averaged within a {unit} and over seeds; then {over} {units} are compared in pairs"
         " by the Wilcoxon signed-rank test, two-sided, with Holm's correction over the methods of a column."
-        f" ▲ better, ▼ worse, ≈ p of {LEVEL} or more. {units.capitalize()} better: share with a smaller error than the"
-        f" reference. One split into training and test {units} lies under all of it.{caution}",
+        f" ▲ better, ▼ worse by ranks, ≈ p of {LEVEL} or more; too few: fewer than {LEAST} {units} whose errors differ."
+        f" The change is that of the mean; where a few {units} outweigh the others, it may have the other direction:"
+        f" mean and ranks disagree. {units.capitalize()} better: share with a smaller error than the reference."
+        f" One split into training and test {units} lies under all of it.{caution}",
         ["method", column, "vs zero-shot", f"{units} better", "p", "vs full tuning", f"{units} better", "p"],
         cells if len(tests) else [],
     )
@@ -199,7 +210,6 @@ def _test_section(name: str, frame: pd.DataFrame, tests: pd.DataFrame) -> Sectio
 
 #: Of what was never divided (``TrialResult.units``).
 PLURAL = {"patient": "patients", "stay": "stays", "series": "series"}
-_TEST_MARKS = {"better": "▲", "worse": "▼", "no different": "≈", "": ""}
 
 
 def _p_value(p: float) -> str:

@@ -14,16 +14,23 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ..vitals import patient_of
 from .grid import trial_folder
 from .run import windows_file
 from .spec import TrialResult
 
-__all__ = ["LEVEL", "Comparison", "compare", "holm", "mean_ranks", "patient_errors"]
+__all__ = ["EXACT", "LEAST", "LEVEL", "Comparison", "compare", "holm", "mean_ranks", "patient_errors", "signed_ranks"]
 
 #: Adjusted p-values below it are called a difference.
 LEVEL = 0.05
+
+#: Units with a difference that a test takes at least: with fewer no p-value could be below :data:`LEVEL`.
+LEAST = 6
+
+#: Up to so many units with a difference all assignments of signs are counted; beyond, their sum is taken as normal.
+EXACT = 50
 
 
 @dataclass(frozen=True)
@@ -36,31 +43,94 @@ class Comparison:
         Their names.
     units
         Patients, stays or series that both have an error of.
+    differing
+        Those among them whose two errors differ; the others take no part in the test.
     change
         Mean difference of the error, in per cent of the reference's mean; below 0 is better than the reference.
     share_better
         Share of units with a smaller error than the reference's.
+    ranks
+        Matched-pairs rank correlation (Kerby 2014): the sum of signed ranks, relative to the largest that there could
+        be. -1 if the method is better on each unit that differs, 1 if it is worse on each; its sign is the direction.
     p, adjusted
-        Of the Wilcoxon signed-rank test, two-sided; as it is, and with Holm's correction over all methods that are
-        compared with the same reference on the same data. NaN without at least two units.
+        Of the Wilcoxon signed-rank test, two-sided, see :func:`signed_ranks`; as it is, and with Holm's correction over
+        all methods that are tested against the same reference on the same data. ``p`` is NaN without at least two
+        units, ``adjusted`` with 1 to 5 units that differ: that is too few for a test.
     """
 
     method: str
     reference: str
     units: int
+    differing: int
     change: float
     share_better: float
+    ranks: float
     p: float
     adjusted: float
 
     @property
     def verdict(self) -> str:
-        """``"better"``, ``"worse"``, ``"no different"``, or empty where nothing can be said."""
+        """``"better"``, ``"worse"``, ``"no different"`` or ``"too few"``, by ranks; empty without any unit."""
         if math.isnan(self.adjusted):
-            return ""
+            return "too few" if self.units else ""
         if self.adjusted >= LEVEL:
             return "no different"
-        return "better" if self.change < 0 else "worse"
+        return "better" if self.ranks < 0 else "worse"
+
+    @property
+    def note(self) -> str:
+        """That the mean change has another direction than the ranks, if so: a few units outweigh most others."""
+        return "mean and ranks disagree" if self.change * self.ranks < 0 else ""
+
+
+def signed_ranks(differences: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
+    """Test by Wilcoxon's signed ranks whether differences lie around 0.
+
+    Differences of 0 are dropped, equal sizes share the mean of their ranks. Up to :data:`EXACT` differences, the
+    p-value is the share of all assignments of signs whose sum of signed ranks is as far from 0 as the one found, or
+    farther: exact, with ties too. Beyond, the sum is taken as normal, with its variance corrected for ties.
+
+    Parameters
+    ----------
+    differences
+        One a unit, finite.
+
+    Returns
+    -------
+    tuple[float, float]
+        The sum of signed ranks relative to the largest possible, from -1 to 1, and the two-sided p-value; 0 and 1 if
+        nothing differs.
+
+    References
+    ----------
+    Wilcoxon (1945), Individual comparisons by ranking methods. Pratt and Gibbons (1981), Concepts of Nonparametric
+    Theory, for the exact distribution with ties.
+
+    Examples
+    --------
+    >>> signed_ranks([-0.3, -0.1, 0.0, -0.2, -0.4])
+    (-1.0, 0.125)
+    """
+    from scipy.stats import norm, rankdata
+
+    values = np.asarray(differences, dtype=float)
+    values = values[values != 0]
+    if not len(values):
+        return 0.0, 1.0
+    # Twice the ranks are integers, with ties too.
+    ranks = np.rint(2 * rankdata(np.abs(values))).astype(int)
+    total = int(ranks.sum())
+    found = int((np.sign(values) * ranks).sum())
+    if len(values) > EXACT:
+        return found / total, float(2 * norm.sf(abs(found) / math.sqrt(float((ranks.astype(float) ** 2).sum()))))
+    # shares[s]: of the assignments of signs, those in which the positive ranks sum to s. Multiples of 2**-50 are exact.
+    shares = np.zeros(total + 1)
+    shares[0] = 1.0
+    for rank in ranks:
+        shares /= 2
+        shares[rank:] += shares[:-rank].copy()
+    sums = 2 * np.arange(total + 1) - total
+    return found / total, float(shares[np.abs(sums) >= abs(found)].sum())
 
 
 def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, name: str = "") -> pd.Series:
@@ -112,26 +182,35 @@ def compare(errors: Mapping[str, pd.Series], references: Mapping[str, str]) -> l
     list[Comparison]
         In the order of ``references``, without methods of which one side has no errors.
     """
-    from scipy.stats import wilcoxon
-
     found = []
     for method, reference in references.items():
         if method not in errors or reference not in errors:
             continue
         both = pd.concat([errors[method], errors[reference]], axis=1, join="inner").to_numpy(float)
-        difference = both[:, 0] - both[:, 1]
-        if len(difference) < 2:
-            p = math.nan
-        elif not difference.any():
-            p = 1.0
-        else:
-            p = float(wilcoxon(difference).pvalue)
-        base = float(both[:, 1].mean()) if len(both) else math.nan
+        both = both[~np.isnan(both).any(axis=1)]
+        difference = np.array([_difference(*pair) for pair in both])
+        differing = int(np.count_nonzero(difference))
+        ranks, p = signed_ranks(difference)
+        base = float(both[:, 1].mean()) if len(both) else 0.0
         change = 100.0 * float(difference.mean()) / base if base else math.nan
         share = float((difference < 0).mean()) if len(difference) else math.nan
-        found.append((method, reference, len(difference), change, share, p))
-    adjusted = holm([row[-1] for row in found])
-    return [Comparison(*row, adjusted=value) for row, value in zip(found, adjusted, strict=True)]
+        p = p if len(difference) > 1 else math.nan
+        found.append((method, reference, len(difference), differing, change, share, ranks, p))
+    # What could not be rejected whatever was found is no hypothesis of the family.
+    adjusted = holm([row[-1] if row[3] >= LEAST else math.nan for row in found])
+    equal = [not row[3] and not math.isnan(row[-1]) for row in found]
+    return [
+        Comparison(*row, adjusted=1.0 if same else value)
+        for row, value, same in zip(found, adjusted, equal, strict=True)
+    ]
+
+
+def _difference(error: float, reference: float) -> float:
+    """Return a difference to 12 digits of the larger error: what is equal but for rounding is a zero, or a tie."""
+    larger = max(abs(error), abs(reference))
+    if not 0 < larger < math.inf:
+        return error - reference
+    return round(error - reference, 12 - math.ceil(math.log10(larger)))
 
 
 def holm(values: Sequence[float]) -> list[float]:

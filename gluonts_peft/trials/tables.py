@@ -32,8 +32,10 @@ METRICS = {
 COVERAGE = "coverage 80 %"
 JUDGE = "MAE"
 
-BETTER, TIE, WORSE = "better", "tie", "worse"
-MARKS = {BETTER: "▲", TIE: "≈", WORSE: "▼", "": ""}
+BETTER, TIE, WORSE, TOO_FEW = "better", "tie", "worse", "too few"
+# Paired tests over patients say "no different", a spread over seeds says "tie".
+NO_DIFFERENT = "no different"
+MARKS = {BETTER: "▲", TIE: "≈", NO_DIFFERENT: "≈", WORSE: "▼", TOO_FEW: TOO_FEW, "": ""}
 
 
 def load_results(folder: str | Path) -> list[TrialResult]:
@@ -54,7 +56,9 @@ def load_results(folder: str | Path) -> list[TrialResult]:
     return [result for place in places if (result := TrialResult.read(place)) is not None]
 
 
-def table(results: Iterable[TrialResult], expected: Iterable[TrialSpec] = ()) -> pd.DataFrame:
+def table(
+    results: Iterable[TrialResult], expected: Iterable[TrialSpec] = (), tests: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Return a row a method, with means and sample standard deviations over seeds.
 
     Parameters
@@ -63,6 +67,9 @@ def table(results: Iterable[TrialResult], expected: Iterable[TrialSpec] = ()) ->
         Results of trials.
     expected
         Trials that should be there; those without a result are counted as missing.
+    tests
+        Of :func:`gluonts_peft.trials.sections.tests_of`, if the errors of the windows are known: then the verdict on a
+        method is that of its paired test against zero-shot, whatever the seeds say.
 
     Returns
     -------
@@ -73,7 +80,8 @@ def table(results: Iterable[TrialResult], expected: Iterable[TrialSpec] = ()) ->
         ``seconds`` of training and ``peak memory MB``, each with a column ``... std`` (NaN for a single seed); numbers
         of ``finished``, ``failed`` and ``missing`` trials and of those that ``gate passed``; ``change %``, the mean of
         the relative differences of the MAE to zero-shot with the same seed, and its ``verdict``: ``better`` or
-        ``worse`` than zero-shot, or ``tie`` where the mean difference is within one standard deviation over seeds; the
+        ``worse`` than zero-shot, or ``tie`` where the mean difference is within one standard deviation over seeds (with
+        ``tests``: ``better``, ``worse``, ``no different`` or ``too few``, and what it rests on as ``tested``); the
         ``error`` of the first failed trial; ``kind``: what the method is; and ``MAE on <name>`` for further data of
         ``TrialSpec.also``. MSE, MAE and DTW have the unit of the data, MAPE is a fraction.
     """
@@ -81,7 +89,20 @@ def table(results: Iterable[TrialResult], expected: Iterable[TrialSpec] = ()) ->
     frame: pd.DataFrame = pd.DataFrame([row.numbers() for row in rows])
     if rows:
         frame.index = pd.MultiIndex.from_tuples([(row.data, row.method) for row in rows], names=["data", "method"])
+    if rows and tests is not None:
+        own = tests[(tests["against"] == ZERO_SHOT) & (tests["scored on"] == tests["data"])]
+        found = {(test["data"], test["method"]): test for _, test in own.iterrows()}
+        frame["verdict"] = [found[key]["verdict"] if key in found else "" for key in frame.index]
+        frame["tested"] = [_tested(found[key]) if key in found else "" for key in frame.index]
     return frame
+
+
+def _tested(test: pd.Series) -> str:
+    units = f"{test['units']} {test['unit'] if test['units'] == 1 or test['unit'] == 'series' else test['unit'] + 's'}"
+    if test["verdict"] == TOO_FEW:
+        return f"{test['differing']} of {units} differ: too few for a test"
+    p = "p < 0.001" if test["adjusted"] < 0.001 else f"p = {test['adjusted']:.3f}"
+    return ", ".join(filter(None, [f"{units}, {p}", test["note"]]))
 
 
 NAIVE_KIND, ZERO_SHOT, ADAPTER, FULL, SCRATCH = KINDS = (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import math
 import re
@@ -340,6 +341,42 @@ def test_the_report_tests_what_it_shows(folder: Path) -> None:
     for part in ("Is it more than luck?", "Ranks over data sets", "changed most"):
         assert part in content
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("change", "noise", "mark", "word"),
+    [(-0.001, 0.02, "≈", "no different"), (-0.02, 0.02, "▲", "better"), (0.02, 0.02, "▼", "worse")],
+)
+def test_a_report_says_one_thing(tmp_path: Path, change: float, noise: float, mark: str, word: str) -> None:
+    """Table, sentence, test and tests.csv of one seed: the verdict of the paired test, in the same word."""
+    study = StudySpec(base={**BASE, "data": {"vital": "hr"}}, grid={"adapter": ["none", "lora"]})
+    (tmp_path / "study.json").write_text(study.model_dump_json())
+    rng = np.random.default_rng(0)
+    before = rng.gamma(4.0, 2.0, 40)
+    each = {"none": before, "lora": before * (1 + change + noise * rng.permutation(np.linspace(-1, 1, 40)))}
+    results = []
+    for adapter, errors in each.items():
+        result = finished(adapter, errors.mean())
+        place = tmp_path / "trials" / result.spec.hash()
+        result.write(place)
+        stays = [f"{number}/hr" for number in range(40)]
+        windows = pd.DataFrame({"item_id": stays, "forecast_start": "2024-01-01 00:00", "MAE[0.5]": errors})
+        windows.to_parquet(place / "windows.parquet")
+        results.append(result)
+    content = html.unescape(write_report(tmp_path).read_text(encoding="utf-8"))
+    test = pd.read_csv(tmp_path / "tests.csv").iloc[0]
+    assert test["verdict"] == pd.read_csv(tmp_path / "report.csv").set_index("method").loc["lora", "verdict"] == word
+    cell = f"{test['change']:+.1f} % {mark}"
+    assert len(re.findall(rf"<td[^>]*>{re.escape(cell)}</td>", content)) == 2
+    assert f"{word} {'from' if mark == '≈' else 'than'} zero-shot" in content
+    assert f"40 patients, p {'= ' if test['adjusted'] >= 0.001 else '< '}" in content
+    others = {"▲", "▼", "≈"} - {mark}
+    assert not any(f"% {other}<" in content for other in others)
+    assert "<th>handed over</th>" in content
+    assert "gate</th>" not in content
+    console = Console(file=io.StringIO(), width=240)
+    print_table(results, console, folder=tmp_path)
+    assert cell in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("known", [True, False])
