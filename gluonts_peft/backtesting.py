@@ -4,12 +4,12 @@ Rolling-window scores of any GluonTS predictor.
     backtest(predictor, dataset, windows=3)                     one row: the scores over all series and windows
     backtest(predictor, dataset, windows=3, per_window=True)    one row for each series and window
 
-The numbers are those of ``gluonts.model.evaluation.evaluate_model`` with the same metrics, and so are the names of the
-columns; only where a derived metric of GluonTS divides by zero in a single window, and shows the number that a mask
-hid, there is NaN or infinity here. What GluonTS leaves to luck is checked: series that are too short are set aside
-before splitting (``gluonts.dataset.split`` makes a wrong pair of them), every forecast must belong to its window in
-number, order, start and shape (GluonTS broadcasts one forecast over a batch of labels), and a forecast with NaN is an
-error that names it.
+The numbers are those of ``gluonts.model.evaluation.evaluate_model`` with the same metrics and seasonality, and so are
+the names of the columns; only where a derived metric of GluonTS divides by zero in a single window, and shows the
+number that a mask hid, there is NaN or infinity here. What GluonTS leaves to luck is checked: series that are too
+short are set aside before splitting (``gluonts.dataset.split`` makes a wrong pair of them), every forecast must
+belong to its window in number, order, start and shape (GluonTS broadcasts one forecast over a batch of labels), and a
+forecast with NaN is an error that names it.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from gluonts.ev.ts_stats import seasonal_error
 from gluonts.itertools import batcher
 from gluonts.model.forecast import Forecast, SampleForecast
 from gluonts.model.predictor import Predictor, RepresentablePredictor
-from gluonts.time_feature.seasonality import get_seasonality
 
 from .metrics import DTW, DTWPathError
+from .series.season import season_length
 
 __all__ = ["QUANTILE_LEVELS", "SeasonalNaive", "backtest", "default_metrics"]
 
@@ -115,7 +115,8 @@ def backtest(
     metrics
         Metric definitions of ``gluonts.ev`` with different names; default: :func:`default_metrics`.
     seasonality
-        Steps in a season for the seasonal error that scales MASE; default: as GluonTS has it for the frequency.
+        Steps in a season for the seasonal error that scales MASE; default: that of the frequency
+        (:func:`gluonts_peft.series.season.season_length`: 7 for days, where GluonTS has 1).
     per_window
         Whether to give each window a row of its own.
     num_samples
@@ -136,7 +137,9 @@ def backtest(
           in the series that were scored. None of them is forecast; if any are there, a warning is logged as well;
         - ``"unscaled_windows"``: scored windows whose seasonal error is zero, as the history is constant, or unknown,
           as no two observed values are a season apart. Scaled metrics such as MASE leave them out of a mean, and are
-          NaN in their rows.
+          NaN in their rows;
+        - ``"seasonless_windows"``: scored windows whose history is shorter than a season, or all where the frequency
+          has none. There a seasonal naive is the last value.
 
     Raises
     ------
@@ -183,9 +186,12 @@ def backtest(
     options = {} if num_samples is None else {"num_samples": num_samples}
     forecasts = iter(predictor.predict(test.inputs, **options))
     index: list[tuple[Any, pd.Period]] = []
-    unscaled = 0
+    unscaled = seasonless = 0
     for batch in batcher(_pair(test, forecasts), batch_size):
-        scales = [_seasonal_error(history, seasonality) for history, _, _ in batch]
+        seasons = [seasonality or season_length(history["start"].freqstr) for history, _, _ in batch]
+        histories = [history["target"] for history, _, _ in batch]
+        seasonless += sum(m == 1 or target.shape[-1] < m for m, target in zip(seasons, histories, strict=True))
+        scales = [_seasonal_error(target, m) for m, target in zip(seasons, histories, strict=True)]
         scale = np.ma.masked_equal(np.ma.masked_invalid(np.stack(scales)), 0.0)
         unscaled += int(np.ma.getmaskarray(scale).reshape(len(batch), -1).any(axis=1).sum())
         label = np.ma.masked_invalid(np.stack([label["target"] for _, label, _ in batch]))
@@ -207,6 +213,7 @@ def backtest(
         "windows": len(test),
         "skipped": survey.skipped,
         "unscaled_windows": unscaled,
+        "seasonless_windows": seasonless,
     }
     return frame
 
@@ -486,8 +493,7 @@ def _unmask(evaluator: Metric) -> None:
         evaluator.aggregate.partial_result = [np.ma.filled(np.ma.asarray(r, np.float64), np.nan) for r in results]
 
 
-def _seasonal_error(history: DataEntry, seasonality: int | None) -> npt.NDArray[Any]:
+def _seasonal_error(target: npt.NDArray[Any], season: int) -> npt.NDArray[Any]:
     """Scale of MASE, ``([dim,] 1)``, NaN where the history does not tell."""
-    steps = get_seasonality(history["start"].freqstr) if seasonality is None else seasonality
-    error = seasonal_error(np.ma.masked_invalid(history["target"]), seasonality=steps, time_axis=-1)
+    error = seasonal_error(np.ma.masked_invalid(target), seasonality=season, time_axis=-1)
     return np.ma.filled(np.ma.asarray(error, dtype=np.float64), np.nan)

@@ -55,7 +55,12 @@ IfWorse = Annotated[
     str, typer.Option(help="If tuning did not help: fallback (to zero-shot), raise (exit code 3), keep.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")]
-Season = Annotated[int | None, typer.Option(help="Steps in a season.  [default: GluonTS's for the frequency]")]
+Season = Annotated[
+    int | None,
+    typer.Option(
+        "--season", "--seasonality", help="Steps in a season.  [default: the frequency's, 7 for days, 24 for hours]"
+    ),
+]
 Baselines = Annotated[bool, typer.Option(help="Score zero-shot, last value and seasonal naive as well.")]
 Override = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a key; repeatable.")]
 
@@ -435,18 +440,19 @@ def backtest(
             raise FileNotFoundError(f"the folder of --out {out} does not exist; make it first")
 
     import pandas as pd
-    from gluonts.time_feature.seasonality import get_seasonality
 
     from .backtesting import SeasonalNaive
     from .backtesting import backtest as score
+    from .series.season import season_length
     from .series.table import read_dataset
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
     dataset = read_dataset(data, freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
-    season = seasonality or get_seasonality(dataset[0]["start"].freqstr)
+    season = season_length(dataset[0]["start"].freqstr) if seasonality is None else seasonality
     common: dict[str, Any] = dict(windows=windows, seasonality=season)
     adapter = predictor.backbone.adapter
     scores = {"zero-shot" if adapter is None else "model": score(predictor, dataset, num_samples=num_samples, **common)}
+    counts = next(iter(scores.values())).attrs
     if baselines:
         if predictor.backbone.untrained:
             name = predictor.backbone.source.checkpoint
@@ -454,9 +460,16 @@ def backtest(
         elif adapter is not None:
             adapter.detach()
             scores["zero-shot"] = score(predictor, dataset, num_samples=num_samples, **common)
-        for name, steps in {"last value": 1, f"seasonal naive ({season})": season}.items():
+        naive = {"last value": 1}
+        without, all_windows = counts["seasonless_windows"], counts["windows"]
+        if without < all_windows:
+            naive[f"seasonal naive ({season})"] = season
+        if without:
+            why = f"fewer than the {season} steps of a season before them" if season > 1 else "no season (--season)"
+            there = "is the last value there" if without < all_windows else "would be the last value: it is left out"
+            _say(f"{without} of {all_windows} windows have {why}: seasonal naive {there}")
+        for name, steps in naive.items():
             scores[name] = score(SeasonalNaive(predictor.prediction_length, steps), dataset, **common)
-    counts = next(iter(scores.values())).attrs
     frame = pd.concat(scores.values(), keys=scores.keys()).droplevel(1)
     if out is not None:
         frame.to_csv(out, index_label="model")

@@ -544,6 +544,30 @@ def test_backtest_puts_zero_shot_and_naive_beside_the_model(data: Path, model: P
     assert list(pd.read_csv(out)["model"]) == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("freq", "steps", "shown", "said"),
+    [
+        ("D", 40, "seasonal naive (7)", None),
+        ("D", 15, "seasonal naive (7)", "1 of 2 windows have fewer than the 7 steps of a season before them: seasonal"),
+        ("D", 11, None, "2 of 2 windows have fewer than the 7 steps of a season before them: seasonal naive would be"),
+        ("YS", 40, None, "2 of 2 windows have no season (--season): seasonal naive would be the last value"),
+    ],
+)
+def test_backtest_shows_a_seasonal_naive_only_where_there_is_a_season(
+    freq: str, steps: int, shown: str | None, said: str | None, tmp_path: Path
+) -> None:
+    stamps = pd.date_range("1960-01-01", periods=steps, freq=freq)
+    pd.DataFrame({"item_id": "a", "timestamp": stamps, "target": np.arange(steps) % 5.0}).to_csv(
+        tmp_path / "data.csv", index=False
+    )
+    output = ok("backtest", tmp_path / "data.csv", "--horizon", "5", "--windows", "2")
+    header = next(line for line in output.splitlines() if "metric" in line)
+    titles = [cell.strip() for cell in header.strip("┃").split("┃")]
+    assert titles == ["metric", "zero-shot", "last value", *([shown] if shown else [])]
+    assert (said or "") in output
+    assert (said is None) == ("windows have" not in output)
+
+
 def test_backtest_of_a_checkpoint_without_a_head_leaves_zero_shot_out(data: Path, tmp_path: Path) -> None:
     ok("fit", data, "--family", "moment", "--adapter", "head", *SHORT, "--out", tmp_path / "model")
     output = ok("backtest", data, "--model", tmp_path / "model")

@@ -25,12 +25,12 @@ import pandas as pd
 from gluonts.dataset.common import Dataset
 from gluonts.model.forecast import Forecast, QuantileForecast
 from gluonts.model.predictor import Predictor
-from gluonts.time_feature.seasonality import get_seasonality
 from numpy.typing import NDArray
 
 from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
 from ..files import write_atomically
 from ..registry import get_estimator
+from ..series.season import season_length
 from ..series.table import DataEntry, read_dataset, split_by_item
 from ..synthetic import sample_series
 from ..vitals import load_hourly, patient_of, simulate_vitals
@@ -163,7 +163,7 @@ def run_trial(
         status="finished",
         scores={**{str(name): _finite(value) for name, value in scores.iloc[0].items()}, **elsewhere},
         counts={
-            **{name: scores.attrs[name] for name in ("series", "windows", "unscaled_windows")},
+            **{name: scores.attrs[name] for name in ("series", "windows", "unscaled_windows", "seasonless_windows")},
             "train_series": len(data.train),
             **skipped,
         },
@@ -185,18 +185,30 @@ def run_trial(
 def load_data(spec: DataSpec) -> Data:
     """Read or simulate the series of a spec and divide them.
 
-    Equal specs are loaded once a process: what is returned is shared and must not be changed.
+    Equal specs are loaded once a process, as long as their files stay the same: what is returned is shared and must not
+    be changed.
 
     Raises
     ------
     ValueError
         If the data cannot be read, or nothing is left.
     """
-    return _load(spec.model_dump_json())
+    tables = [spec.path, spec.patients if isinstance(spec.patients, str) else None]
+    return _load(spec.model_dump_json(), *(_state(Path(table)) for table in tables if table is not None))
+
+
+def _state(path: Path) -> tuple[Any, ...]:
+    """Return what tells whether a file, or what lies in a folder and beside it, has changed."""
+    path = path.absolute()
+    # A folder of one part takes its frequency and its manifest from those above.
+    about = [folder / name for folder in path.parents[:2] for name in ("metadata.json", "manifest.json")]
+    files = [path, *about, *(sorted(path.rglob("*")) if path.is_dir() else [])]
+    found = ((file, file.stat()) for file in files if file.is_file())
+    return tuple((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for file, stat in found)
 
 
 @lru_cache(maxsize=8)
-def _load(text: str) -> Data:
+def _load(text: str, *_: Any) -> Data:
     spec = DataSpec(**json.loads(text))
     vitals = ("hr", "map") if spec.vital is None else (spec.vital,)
     if spec.source == "simulated":
@@ -296,9 +308,10 @@ def windows_file(name: str = "") -> str:
 
 def _score(predictor: Predictor, test: list[DataEntry], data: DataSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the scores over all windows, one row, and those of each window."""
+    options: dict[str, Any] = dict(windows=data.windows, seasonality=data.season)
     with _counted_not_logged():
-        scores = backtest(predictor, test, windows=data.windows)
-        windows = backtest(predictor, test, windows=data.windows, per_window=True)
+        scores = backtest(predictor, test, **options)
+        windows = backtest(predictor, test, **options, per_window=True)
     windows = windows.reset_index()
     windows["forecast_start"] = windows["forecast_start"].astype(str)
     return scores, windows
@@ -348,8 +361,8 @@ def _visible(
 
 
 def _naive(spec: TrialSpec, data: Data) -> Predictor:
-    steps = get_seasonality(data.test[0]["start"].freqstr) if spec.checkpoint == "seasonal_naive" else 1
-    return SeasonalNaive(spec.prediction_length, season_length=steps)
+    season = spec.data.season or season_length(data.test[0]["start"].freqstr)
+    return SeasonalNaive(spec.prediction_length, season if spec.checkpoint == "seasonal_naive" else 1)
 
 
 def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[Predictor, dict[str, Any]]:

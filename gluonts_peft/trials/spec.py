@@ -15,7 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ..files import write_atomically
 from ..registry import Registry, adapters, families, unknown
@@ -153,6 +161,8 @@ class DataSpec(_Spec):
         trains nothing has None.
     train_steps
         Train on the last so many steps of each series only. None means all, as above.
+    season
+        Steps in a season, for MASE and for the seasonal naive baseline; that of the frequency by default.
     """
 
     source: Source = "simulated"
@@ -171,6 +181,13 @@ class DataSpec(_Spec):
     windows: int = Field(default=3, gt=0)
     train_series: int | None = Field(default=None, gt=0)
     train_steps: int | None = Field(default=None, gt=0)
+    season: int | None = Field(default=None, gt=0)
+
+    @model_serializer(mode="wrap")
+    def _without_default_season(self, dump: Any) -> dict[str, Any]:
+        # Trials of earlier versions, which had no such option, keep their hash.
+        form: dict[str, Any] = dump(self)
+        return {name: value for name, value in form.items() if (name, value) != ("season", None)}
 
     @field_validator("patients", mode="before")
     @classmethod

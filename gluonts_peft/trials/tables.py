@@ -251,12 +251,20 @@ def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
         row_of[trial.hash()].expected += 1
     for result in results:
         row_of[result.spec.hash()].results.append(result)
+    for row in rows.values():
+        if row.method == BASELINES["seasonal_naive"] and row.finished and all(map(_seasonless, row.finished)):
+            row.method = f"{row.method} (no season: last value)"
 
     order = list(dict.fromkeys(row.data for row in rows.values()))
     found = sorted(rows.values(), key=lambda row: (order.index(row.data), KINDS.index(row.kind)))
     for row in found:
         _refer(row, [other for other in found if other.data == row.data])
     return found
+
+
+def _seasonless(result: TrialResult) -> bool:
+    """Whether no window had a season before it, so that a seasonal naive forecast the last value."""
+    return result.counts.get("seasonless_windows") == result.counts.get("windows", 0) > 0
 
 
 def _refer(row: Row, rows: list[Row]) -> None:

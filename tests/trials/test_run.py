@@ -173,6 +173,62 @@ def test_patients_are_never_in_two_parts_and_equal_specs_are_loaded_once() -> No
     assert load_data(DataSpec(patients=12, hours=6)) is data
 
 
+def _write(path: Path, shift: float) -> None:
+    stamps = pd.date_range("2024-01-01", periods=40, freq="D").strftime("%Y-%m-%d")
+    rows = [f"{item},{stamp},{shift + number}" for item in "abcdefghij" for number, stamp in enumerate(stamps)]
+    path.write_text("\n".join(["item_id,timestamp,target", *rows]) + "\n")
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path: Path, where: str) -> None:
+    data = {"fractions": (0.6, 0.2, 0.2)}
+    if where == "file":
+        path, first, second = tmp_path / "data.csv", 1.0, 2.0
+        wanted = DataSpec(source="file", path=str(path), **data)
+        write = _write
+    else:
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        wanted, path, first, second = DataSpec(source="file", path=str(folder), **data), folder / "data.json", 1.0, 2.0
+        (folder / "metadata.json").write_text('{"freq": "D"}')
+
+        def write(path: Path, shift: float) -> None:
+            lines = [{"item_id": i, "start": "2024-01-01", "target": [shift] * 9} for i in "abcdefghij"]
+            path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+    # Of equal length, so that sizes do not tell.
+    write(path, first)
+    before = load_data(wanted)
+    assert load_data(wanted) is before
+    write(path, second)
+    after = load_data(wanted)
+    assert after.test[0]["target"][0] == before.test[0]["target"][0] + 1.0
+    assert after.fingerprint != before.fingerprint
+
+
+def test_a_season_of_the_data_is_used_and_earlier_specs_keep_their_hash() -> None:
+    plain = spec()
+    assert "season" not in plain.normal_form()["data"]
+    assert plain.hash() == spec(data={**DATA, "season": None}).hash() != spec(data={**DATA, "season": 12}).hash()
+    assert DataSpec(**{**DATA, "season": 12}).normal_form()["season"] == 12
+
+
+def test_seasonal_naive_follows_the_frequency_and_the_option(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    stamps = pd.date_range("2024-01-01", periods=40, freq="D").strftime("%Y-%m-%d")
+    rows = [f"{i},{stamp},{number % 7 + 1}" for i in "abcdefghij" for number, stamp in enumerate(stamps)]
+    path.write_text("\n".join(["item_id,timestamp,target", *rows]) + "\n")
+    naive = {"family": "baseline", "checkpoint": "seasonal_naive", "adapter": "none", "prediction_length": 10}
+    data = {"source": "file", "path": str(path), "fractions": (0.6, 0.2, 0.2), "windows": 1}
+    weekly = run_trial(TrialSpec(**naive, data=data), tmp_path / "weekly")
+    assert weekly.scores["MAE[0.5]"] == 0.0
+    assert weekly.counts["seasonless_windows"] == 0
+    shifted = run_trial(TrialSpec(**naive, data={**data, "season": 5}), tmp_path / "five")
+    assert shifted.scores["MAE[0.5]"]
+    last = run_trial(TrialSpec(**naive, data={**data, "season": 39}), tmp_path / "none")
+    assert last.counts["seasonless_windows"] == last.counts["windows"] == 2
+
+
 def test_the_fingerprint_follows_the_data() -> None:
     base = load_data(DataSpec(patients=12, hours=6)).fingerprint
     for changed in ({"seed": 1}, {"split_seed": 1}, {"vital": "hr"}, {"hours": 7}):

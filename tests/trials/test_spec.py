@@ -21,8 +21,8 @@ TRIAL_FIELDS = (
     " training"
 )
 DATA_FIELDS = (
-    "fractions, freq, group, hours, min_hours, path, patients, seed, series, source, split_seed, steps, train_series,"
-    " train_steps, vital, windows"
+    "fractions, freq, group, hours, min_hours, path, patients, season, seed, series, source, split_seed, steps,"
+    " train_series, train_steps, vital, windows"
 )
 BASELINES = "deepar, last_value, nbeats, nhits, patch_tst, seasonal_naive, simple_feedforward, tft"
 ROOT = Path(__file__).parents[2]
