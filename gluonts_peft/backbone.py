@@ -98,11 +98,11 @@ def keep_networks() -> None:
 def _loaded(backbone: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
     """Return a network and the fingerprint of its weights."""
     if _kept is None:
-        return backbone.load_network(folder), backbone.fingerprint(folder)
+        return _aligned(backbone.load_network(folder)), backbone.fingerprint(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     key = (backbone, *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
     if key not in _kept:
-        _kept[key] = (backbone.load_network(folder), backbone.fingerprint(folder))
+        _kept[key] = (_aligned(backbone.load_network(folder)), backbone.fingerprint(folder))
     network, digest = _kept[key]
     # New parameters on the same memory: moving one to a GPU, or training it, leaves the kept network alone.
     shared: dict[int, Any] = {
@@ -110,6 +110,22 @@ def _loaded(backbone: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
     }
     shared |= {id(tensor): tensor for tensor in network.buffers()}
     return copy.deepcopy(network, shared), digest
+
+
+# Of what torch allocates on the CPU.
+_ALIGNMENT = 64
+
+
+def _aligned(network: nn.Module) -> nn.Module:
+    """Move tensors that lie at odd addresses, as in a file that is mapped, into memory of torch's own.
+
+    On some processors products of matrices round differently there, so that a model and its copy would not agree bit
+    for bit.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
+    return network
 
 
 class Backbone(nn.Module, ABC):

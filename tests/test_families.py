@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
 
 import gluonts_peft
 from gluonts_peft.backbone import Backbone
@@ -38,3 +46,26 @@ def rows() -> Iterator[Check]:
 @parametrize_with_checks(rows())
 def test_contract(check: Check) -> None:
     check()
+
+
+@pytest.mark.parametrize(("family", "checkpoint"), [("chronos", "bolt-nano"), ("chronos", "chronos2-nano")])
+def test_numbers_do_not_depend_on_where_a_file_has_its_weights(
+    family: str, checkpoint: str, tmp_path: Path, make_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    """Libraries map files, so an offset in a file becomes an address in memory, and some processors round by that."""
+    batch = make_batch(context=48, prediction=8)
+    wanted = backbone(family, checkpoint).loss(batch)
+    for padding in range(0, 64, 8):
+        folder = tmp_path / str(padding)
+        shutil.copytree(backbone(family, checkpoint).bundled()[checkpoint], folder)
+        content = (folder / "model.safetensors").read_bytes()
+        size = 8 + int.from_bytes(content[:8], "little")
+        assert json.loads(content[8:size])
+        # The format lets a header end in spaces.
+        header = content[8:size] + b" " * padding
+        weights = len(header).to_bytes(8, "little") + header + content[size:]
+        (folder / "model.safetensors").write_bytes(weights)
+        loaded = gluonts_peft.load_backbone(family, checkpoint=folder, prediction_length=8, context_length=48)
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in loaded.network.parameters())
+        assert torch.equal(loaded.loss(batch), wanted)
+        assert torch.equal(copy.deepcopy(loaded).loss(batch), wanted)
