@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, fingerprint, parse, resolve
+from .checkpoint import Checkpoint, CheckpointError, fingerprint, parse, resolve
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -98,11 +98,11 @@ def keep_networks() -> None:
 def _loaded(backbone: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
     """Return a network and the fingerprint of its weights."""
     if _kept is None:
-        return _aligned(backbone.load_network(folder)), backbone.fingerprint(folder)
+        return _load(backbone, folder), backbone.fingerprint(folder)
     files = sorted(path for path in folder.iterdir() if path.is_file())
     key = (backbone, *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
     if key not in _kept:
-        _kept[key] = (_aligned(backbone.load_network(folder)), backbone.fingerprint(folder))
+        _kept[key] = (_load(backbone, folder), backbone.fingerprint(folder))
     network, digest = _kept[key]
     # New parameters on the same memory: moving one to a GPU, or training it, leaves the kept network alone.
     shared: dict[int, Any] = {
@@ -126,6 +126,19 @@ def _aligned(network: nn.Module) -> nn.Module:
         if tensor.data_ptr() % _ALIGNMENT:
             tensor.data = tensor.data.clone()
     return network
+
+
+def _load(backbone: type[Backbone], folder: Path) -> nn.Module:
+    try:
+        return _aligned(backbone.load_network(folder))
+    except (CheckpointError, ImportError, OSError):
+        raise
+    except Exception as error:
+        # Libraries believe what a configuration says, and fail in any way where it makes no sense.
+        raise CheckpointError(
+            f"checkpoint folder {str(folder)!r} cannot be loaded by family {backbone.family!r}: {type(error).__name__}:"
+            f" {error}; fetch it again"
+        ) from error
 
 
 class Backbone(nn.Module, ABC):
@@ -167,6 +180,8 @@ class Backbone(nn.Module, ABC):
         Options of the family that :meth:`from_checkpoint` was given; JSON values.
     adapter
         The adapter that is attached, or None.
+    place
+        Folder that the weights were read from, if they were.
     """
 
     family: ClassVar[str]
@@ -175,6 +190,7 @@ class Backbone(nn.Module, ABC):
     untrained: tuple[str, ...] = ()
     time_features: tuple[str, ...] = ()
     patch_length: int = 1
+    place: Path | None = None
 
     network: nn.Module
 
@@ -253,10 +269,17 @@ class Backbone(nn.Module, ABC):
         folder, revision = cls.fetch(parsed)
         network, digest = _loaded(cls, folder)
         source = Source(cls.family, parsed.name, parsed.kind, revision, digest)
-        backbone = cls.from_network(
-            network, prediction_length=prediction_length, context_length=context_length, source=source, **options
-        )
+        try:
+            backbone = cls.from_network(
+                network, prediction_length=prediction_length, context_length=context_length, source=source, **options
+            )
+        except (AttributeError, KeyError, OverflowError, ZeroDivisionError) as error:
+            raise CheckpointError(
+                f"config.json of checkpoint folder {str(folder)!r} cannot be used by family {cls.family!r}:"
+                f" {type(error).__name__}: {error}; fetch it again"
+            ) from error
         backbone.options = options
+        backbone.place = folder.absolute()
         backbone.shares_weights = _kept is not None
         return backbone
 

@@ -13,15 +13,25 @@ Checkpoint(kind='bundled', name='bolt-nano', revision=None)
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Checkpoint", "CheckpointError", "fingerprint", "parse", "read_config", "resolve", "save_tensors"]
+from .files import check_regular, load_json
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "check_whole",
+    "fingerprint",
+    "parse",
+    "read_config",
+    "resolve",
+    "save_tensors",
+]
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -136,14 +146,79 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"checkpoint folder {str(folder)!r} has no config.json")
     try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = load_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{str(path)!r} holds a {type(config).__name__}, not a mapping")
-    for weights in weight_files(folder):
-        _check_complete(weights)
+    _check_others(folder)
+    shapes = [shape for weights in weight_files(folder) for shape in _shapes(weights)]
+    if fault := _too_large(config, shapes):
+        raise CheckpointError(f"{str(path)!r} does not fit the weights beside it: {fault}; fetch the folder again")
     return config
+
+
+def _check_others(folder: Path) -> None:
+    """Refuse what the libraries that load a folder would open beside its config and weights."""
+    if (folder / "adapter_config.json").exists():
+        # They would load the model that it names in place of this one.
+        raise CheckpointError(
+            f"checkpoint folder {str(folder)!r} holds an adapter, adapter_config.json, beside the weights; name a"
+            " folder with the pretrained model alone"
+        )
+    for path in (folder / "generation_config.json", folder / "model.safetensors.index.json"):
+        try:
+            if path.exists():
+                load_json(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{str(path)!r} cannot be used: {error}; fetch it again, or remove it") from error
+
+
+# Keys of official configurations, with what bounds them; others may hold what they like.
+_LAYERS = re.compile(r"(num_(\w+_)?layers|n_layers?|num_blocks|depth)")
+_WIDTHS = re.compile(r"(d_model|d_ff|d_kv|n_head|n_embd_per_head|num_heads|num_attention_heads|hidden_size)")
+_LENGTHS = re.compile(r"(\w+_)?(length|seq_len|patch_len|patch_size|horizon|vocab_size|n_tokens|max_distance|patches)")
+# What is allocated by a length that no tensor has: more steps than any model sees.
+_LONGEST = 1 << 20
+
+
+def _too_large(config: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> str | None:
+    """Say which size in a configuration cannot be that of the weights: building by it could take all memory."""
+    # Some networks are built by a multiple of what is in the file, and say better what does not fit.
+    widest = 4 * max((side for shape in shapes for side in shape), default=0)
+    limits = (
+        (_LAYERS, len(shapes), f"there are {len(shapes)} tensors"),
+        (_WIDTHS, widest, f"no tensor has a side above {widest // 4:,}"),
+        (_LENGTHS, _LONGEST, f"at most {_LONGEST:,} is possible"),
+    )
+    for name, value in _sizes(config):
+        for pattern, limit, words in limits:
+            if isinstance(value, int) and pattern.fullmatch(name.rpartition(".")[2]) and value > limit:
+                return f"{name} is {value:,}, but {words}"
+    return None
+
+
+def _sizes(config: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _sizes(value, f"{where}{key}.")
+        elif value is not None and any(each.fullmatch(str(key)) for each in (_LAYERS, _WIDTHS, _LENGTHS)):
+            yield f"{where}{key}", value
+
+
+def check_whole(config: Mapping[str, Any], folder: Path) -> None:
+    """Make sure that what names a size in a ``config.json`` is a whole number, for families that do not look.
+
+    Raises
+    ------
+    CheckpointError
+        With the key and its value.
+    """
+    for name, value in _sizes(config):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise CheckpointError(f"{str(folder / 'config.json')!r}: {name} is {value!r}, not a whole number")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -162,13 +237,15 @@ def weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _check_complete(path: Path) -> None:
+def _shapes(path: Path) -> list[tuple[int, ...]]:
+    """Return the shapes of the tensors of a safetensors file, which must be whole."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy") as file:
-            file.keys()
-    except SafetensorError as error:
+            return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged: {error}; fetch it again") from error
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from . import __version__
 from .adapters.base import AdapterError, load_adapter, versions
 from .backbone import Backbone, Source, Trajectories
 from .checkpoint import Checkpoint, CheckpointError
+from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
 from .registry import families, get_adapter
 from .training import Fit, Gate, resolve_device, to_device
 from .windows import context_batches
@@ -186,31 +186,29 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             )
         # The file that makes the folder a predictor comes last.
         names = (ADAPTER, CONFIG, TYPE)
-        if used := [name for name in names if (path / name).exists()]:
-            raise PredictorError(f"folder {str(path)!r} is in use: it holds {used[0]!r}; name another folder")
-        existed = path.exists()
-        path.mkdir(parents=True, exist_ok=True)
+
+        def check() -> None:
+            if used := [name for name in names if (path / name).exists()]:
+                raise PredictorError(f"folder {str(path)!r} is in use: it holds {used[0]!r}; name another folder")
+
         try:
-            with tempfile.TemporaryDirectory(dir=path, prefix=".partial-") as temporary:
-                partial = Path(temporary)
+            with delivering(path, "predictor's serialization", names=names, check=check) as partial:
+                partial.mkdir()
                 adapter = self.backbone.adapter
                 if adapter is not None and adapter.num_parameters():
                     adapter.save(partial / ADAPTER)
-                (partial / CONFIG).write_text(json.dumps(self._config(), indent=1) + "\n")
+                (partial / CONFIG).write_text(json.dumps(record(self._config(path)), indent=1) + "\n")
                 super().serialize(partial)
-                for name in names:
-                    if (partial / name).exists():
-                        os.replace(partial / name, path / name)
-        except BaseException:
-            if not existed:
-                shutil.rmtree(path)
-            raise
+        except FolderInUse as error:
+            raise PredictorError(str(error)) from None
 
-    def _config(self) -> dict[str, Any]:
-        adapter, own = self.backbone.adapter, self.backbone.prediction_length
+    def _config(self, path: Path) -> dict[str, Any]:
+        adapter, own, place = self.backbone.adapter, self.backbone.prediction_length, self.backbone.place
+        places = {} if place is None or self.backbone.source.kind != "folder" else _places(place, path)
         return {
             "family": self.backbone.family,
             "base": asdict(self.backbone.source),
+            **({"base_places": places} if places else {}),
             "prediction_length": self.prediction_length,
             **({} if own == self.prediction_length else {"model_prediction_length": own}),
             "context_length": self.backbone.context_length,
@@ -247,23 +245,41 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 f"deserialize() has no option {next(iter(unknown_options))!r}; it has device and checkpoint"
             )
         path = Path(path)
+        _check_type(path, cls)
         stored = _read(path)
         base: Source = stored["base"]
-        # By its kind, so that a folder that is gone is not looked for on the hub.
-        where = checkpoint if checkpoint is not None else Checkpoint(base.kind, base.checkpoint, base.revision)
         backbone_class: type[Backbone] = families.get(stored["family"]).backbone_class
-        try:
-            backbone = backbone_class.from_checkpoint(where, **stored["lengths"], **stored["backbone_options"])
-        except CheckpointError as error:
-            raise PredictorError(
-                f"base weights of the predictor in {str(path)!r} cannot be loaded: {error}; if they lie elsewhere now,"
-                " name the place with checkpoint=..."
-            ) from error
-        if backbone.source.fingerprint != base.fingerprint:
-            raise PredictorError(
-                f"predictor in {str(path)!r} rests on base weights with fingerprint {base.fingerprint[:12]}…, but"
-                f" {str(where)!r} has {backbone.source.fingerprint[:12]}…; name the right weights with checkpoint=..."
+        if checkpoint is not None:
+            places: list[Any] = [checkpoint]
+        else:
+            # By its kind, so that a folder that is gone is not looked for on the hub.
+            named = [base.checkpoint, *(str(place) for place in stored["places"] if place.is_dir())]
+            places = [Checkpoint(base.kind, name, base.revision) for name in dict.fromkeys(named)]
+        faults: list[PredictorError] = []
+        for where in places:
+            try:
+                backbone = backbone_class.from_checkpoint(where, **stored["lengths"], **stored["backbone_options"])
+            except CheckpointError as error:
+                fault = PredictorError(
+                    f"base weights of the predictor in {str(path)!r} cannot be loaded: {error}; if they lie elsewhere"
+                    " now, name the place with checkpoint=..."
+                )
+                fault.__cause__ = error
+                faults.append(fault)
+                continue
+            except (ValueError, TypeError) as error:
+                raise PredictorError(f"{error} (as {str(path / CONFIG)!r} says)") from error
+            if backbone.source.fingerprint == base.fingerprint:
+                break
+            faults.append(
+                PredictorError(
+                    f"predictor in {str(path)!r} rests on base weights with fingerprint {base.fingerprint[:12]}…, but"
+                    f" {str(where)!r} has {backbone.source.fingerprint[:12]}…; name the right weights with"
+                    " checkpoint=..."
+                )
             )
+        else:
+            raise faults[0]
         if stored["adapter"] is not None:
             load_adapter(path / ADAPTER, backbone)
         return cls(backbone, fit=stored["fit"], device=device, **stored["settings"])
@@ -333,18 +349,64 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
             raise PredictorError(f"folder {str(folder)!r} is not empty; name a new one")
-        backbone = copy.deepcopy(self.backbone)
-        if backbone.adapter is not None:
-            backbone.adapter.merge()
-        existed = folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
         try:
-            backbone.export(folder)
-        except BaseException:
-            shutil.rmtree(folder)
-            if existed:
-                folder.mkdir()
-            raise
+            with delivering(folder, "model's export") as partial:
+                backbone = copy.deepcopy(self.backbone)
+                if backbone.adapter is not None:
+                    backbone.adapter.merge()
+                partial.mkdir()
+                backbone.export(partial)
+        except FolderInUse as error:
+            raise PredictorError(str(error)) from None
+
+
+def _places(base: Path, path: Path) -> dict[str, str]:
+    """Return where a base folder lies, and how to come to it from the predictor: both may be moved together."""
+    places = {"absolute": str(base)}
+    # There is no way to another drive.
+    with suppress(ValueError):
+        places["relative"] = os.path.relpath(base, path.absolute())
+    return places
+
+
+def _check_type(folder: Path, kind: type[PeftPredictor]) -> None:
+    """Refuse a folder of another program's predictor, without importing what it names."""
+    file = folder / TYPE
+    try:
+        named = load_json(file)["type"]
+    except FileNotFoundError:
+        if (folder / CONFIG).exists():
+            raise PredictorError(
+                f"folder {str(folder)!r} holds an unfinished predictor: it has no {TYPE}, which is written last; write"
+                " it again"
+            ) from None
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+    own = {f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__ if issubclass(each, PeftPredictor)}
+    if named not in own:
+        raise PredictorError(
+            f"folder {str(folder)!r} holds a predictor of type {named!r}, not {kind.__qualname__}; nothing of it was"
+            " loaded. If you trust it, open it with gluonts.model.Predictor.deserialize"
+        )
+
+
+_KEYS = (
+    "family",
+    "base",
+    "base_places",
+    "prediction_length",
+    "model_prediction_length",
+    "context_length",
+    "backbone_options",
+    "adapter",
+    "batch_size",
+    "seed",
+    "fit",
+    "versions",
+)
+# Far beyond all that these models can do; what allocates by such a number must not be asked for more.
+_LONGEST = 1_000_000
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -357,24 +419,51 @@ def _read(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     try:
-        config = json.loads(file.read_text())
-        fit = config["fit"]
+        config = opened(load_json(file), _KEYS)
+        fit, options, places = config["fit"], config["backbone_options"], config.get("base_places") or {}
+        base = typed(Source, dict(config["base"].items()), "base")
+        if base.kind not in ("bundled", "folder", "hub"):
+            raise ValueError(f"base.kind is {base.kind!r}, not bundled, folder or hub")
+        if not isinstance(options, dict):
+            raise TypeError(f"backbone_options is {options!r}, not a mapping")
+        # What is too small the model refuses.
+        length = as_integer(config["prediction_length"], "prediction_length", -_LONGEST, _LONGEST)
+        whole = as_integer(config.get("model_prediction_length", length), "model_prediction_length", length, _LONGEST)
         return {
-            "family": str(config["family"]),
-            "base": Source(**{name: value and str(value) for name, value in config["base"].items()}),
+            "family": _text(config["family"], "family"),
+            "base": base,
+            "places": [
+                Path(os.path.normpath(folder.absolute() / _text(places[name], f"base_places.{name}")))
+                for name in ("absolute", "relative")
+                if name in places
+            ],
             "lengths": {
-                "prediction_length": int(config.get("model_prediction_length", config["prediction_length"])),
-                "context_length": int(config["context_length"]),
+                "prediction_length": whole,
+                "context_length": as_integer(config["context_length"], "context_length", -_LONGEST, _LONGEST),
             },
-            "backbone_options": dict(config["backbone_options"]),
+            "backbone_options": options,
             "adapter": config["adapter"],
-            "settings": {name: int(config[name]) for name in ("batch_size", "seed", "prediction_length")},
-            "fit": None if fit is None else Fit(**{**fit, "gate": Gate(**fit["gate"])}),
+            "settings": {
+                "batch_size": as_integer(config["batch_size"], "batch_size", 1),
+                "seed": as_integer(config["seed"], "seed", 0, 2**63 - 1),
+                "prediction_length": length,
+            },
+            "fit": None if fit is None else typed(Fit, fit, "fit"),
         }
     except FileNotFoundError as error:
         raise PredictorError(f"folder {str(folder)!r} holds no predictor: it has no {CONFIG}") from error
+    except NewerFormat as error:
+        raise PredictorError(f"{str(file)!r} was {error}") from None
+    except OSError as error:
+        raise PredictorError(f"{str(file)!r} cannot be read: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}, not text")
+    return value
 
 
 def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories, prediction_length: int) -> Iterator[Forecast]:

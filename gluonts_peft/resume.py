@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
 from .checkpoint import save_tensors
-from .files import replacing
+from .files import NewerFormat, check_regular, opened, parse_json, record, replacing
 
 __all__ = ["SafeCheckpointIO", "read_checkpoint", "write_checkpoint"]
 
@@ -37,7 +37,7 @@ def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, tensors, "state")
     with replacing(path) as partial:
-        save_tensors(tensors, partial, {_KEY: json.dumps(tree)})
+        save_tensors(tensors, partial, {_KEY: json.dumps(record({"state": tree}))})
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -52,20 +52,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    if not Path(path).exists() or Path(path).is_dir():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     try:
+        check_regular(Path(path))
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get(_KEY)
             if header is None:
                 raise ValueError(f"{str(path)!r} is a safetensors file, but not a training checkpoint")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{str(path)!r} is not a training checkpoint of this project, or is damaged: {error}"
         ) from error
     try:
-        state: dict[str, Any] = _decode(json.loads(header), tensors)
+        tree = parse_json(header)
+        if isinstance(tree, dict) and "format" in tree:
+            tree = opened(tree)["state"]
+        state: dict[str, Any] = _decode(tree, tensors)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}, not a mapping")
+    except NewerFormat as error:
+        raise ValueError(f"{str(path)!r} was {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is a damaged training checkpoint: {error!r}") from error
     return state

@@ -426,7 +426,16 @@ def put(value: Any, *keys: str) -> Any:
         (put([1], "batch_size"), "TypeError: "),
         (put(3, "backbone_options"), "TypeError: "),
         (put({"gate": 1}, "fit"), "TypeError: "),
-        (put(1, "fit", "accuracy"), "TypeError: "),
+        (put("1", "fit", "epochs"), "TypeError: fit.epochs is '1', not int"),
+        (put(None, "base", "fingerprint"), "TypeError: base.fingerprint is None, not str"),
+        (put([], "base", "checkpoint"), "TypeError: base.checkpoint is [], not str"),
+        (put(math.inf, "prediction_length"), "ValueError: prediction_length is inf, not an integer"),
+        (put("12", "prediction_length"), "ValueError: prediction_length is '12', not an integer"),
+        (put(True, "context_length"), "TypeError: context_length is True, not an integer"),
+        (put(10**9, "prediction_length"), "ValueError: prediction_length is 1000000000, not from "),
+        (put(0, "format"), "ValueError: format is 0, not a positive integer"),
+        (lambda config: '{"family": "a", "family": "b"}', "ValueError: key 'family' is there twice"),
+        (lambda config: "[" * 5000 + "]" * 5000, "ValueError: it is nested more than 100 deep"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -436,6 +445,22 @@ def test_a_damaged_record_is_named(stored: dict[str, Path], tmp_path: Path, chan
     message = f"{str(folder / 'predictor.json')!r} is damaged: {reason}"
     with pytest.raises(PredictorError, match=f"^{re.escape(message)}"):
         Predictor.deserialize(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (put(3, "format"), "format 3, this one reads up to 2"),
+        (put(1, "fit", "accuracy"), "fit has the key 'accuracy', which this one does not know"),
+        (put(1, "base", "owner"), "base has the key 'owner', which this one does not know"),
+        (put(1, "accuracy"), "it has the key 'accuracy', which this one does not know"),
+    ],
+)
+def test_a_record_of_a_newer_version_is_named(stored: dict[str, Path], tmp_path: Path, change: Any, why: str) -> None:
+    tampered(stored["lora"], tmp_path / "new", change)
+    message = f"{str(tmp_path / 'new' / 'predictor.json')!r} was written by a newer version of gluonts-peft ({why}): up"
+    with pytest.raises(PredictorError, match=f"^{re.escape(message)}"):
+        PeftPredictor.deserialize(tmp_path / "new")
 
 
 @pytest.mark.parametrize(

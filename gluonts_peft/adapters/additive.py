@@ -16,7 +16,6 @@ Learning rates and the choice of sites are ours, except where the docstring of a
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,8 +26,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..files import load_json
 from ..registry import unknown
-from .base import RECORD, Adapter, AdapterError, copy_into, unwrapped
+from .base import RECORD, Adapter, AdapterError, copy_into, read_adapter_record, unwrapped
 from .dense import make_dense
 
 if TYPE_CHECKING:
@@ -377,9 +377,8 @@ class PeftAdapter(Adapter):
         super()._write_record(folder, backbone, frozen=self._frozen_digest(), **more)
 
     def load(self, folder: str | Path) -> Adapter:
-        record = Path(folder) / RECORD
-        if record.is_file():
-            frozen = json.loads(record.read_text()).get("frozen")
+        if (Path(folder) / RECORD).exists():
+            frozen = read_adapter_record(Path(folder)).get("frozen")
             if frozen is not None and frozen != self._frozen_digest():
                 raise AdapterError(
                     f"adapter {self!r} in {str(folder)!r} rests on random projections that this version of torch draws"
@@ -425,6 +424,9 @@ def from_peft(folder: Path, backbone: Backbone) -> Adapter:
     from peft import PeftConfig
 
     try:
+        # As PEFT reads whatever it is given.
+        if not isinstance(content := load_json(folder / "adapter_config.json"), dict):
+            raise TypeError(f"it holds a {type(content).__name__}, not a mapping")
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise AdapterError(f"adapter_config.json in {str(folder)!r} cannot be read: {error}") from error

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..checkpoint import save_tensors
+from ..files import NewerFormat, check_regular, load_json, opened, record, replacing, write_atomically
 from ..registry import get_adapter
 
 if TYPE_CHECKING:
@@ -253,12 +254,13 @@ class Adapter(ABC):
             # The format has no aliases; RandLora's stored bases are one tensor under many names.
             alias = any(stored.data_ptr() == other.data_ptr() for other in tensors.values())
             tensors[name] = stored.clone() if alias else stored
-        save_tensors(tensors, folder / TENSORS, {"format": "pt"})
+        with replacing(folder / TENSORS) as partial:
+            save_tensors(tensors, partial, {"format": "pt"})
         self._write_record(folder, backbone)
 
     def _write_record(self, folder: Path, backbone: Backbone, **more: Any) -> None:
-        record = {"adapter": self.spec, "base": asdict(backbone.source), "versions": versions(), **more}
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        content = {"adapter": self.spec, "base": asdict(backbone.source), "versions": versions(), **more}
+        write_atomically(folder / RECORD, json.dumps(record(content), indent=1) + "\n")
 
     def _write_config(self, folder: Path) -> None:
         """Write further configuration files; most adapters have none."""
@@ -287,10 +289,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        check_regular(path)
         tensors: dict[str, Tensor] = load_file(path)
     except FileNotFoundError as error:
         raise AdapterError(f"{str(path)!r} does not exist; name the folder of a saved adapter") from error
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} is truncated or damaged: {error}") from error
     return tensors
 
@@ -345,21 +348,20 @@ def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = T
     """
     folder = Path(folder)
     record_path = folder / RECORD
-    if record_path.is_file():
-        try:
-            record = json.loads(record_path.read_text())
-            spec, base = record["adapter"], record["base"]
-            stored, checkpoint = str(base["fingerprint"]), base["checkpoint"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise AdapterError(f"{str(record_path)!r} is damaged: {type(error).__name__}: {error}") from error
+    if record_path.exists():
+        content = read_adapter_record(folder)
+        spec, stored, checkpoint = content["adapter"], content["base"]["fingerprint"], content["base"]["checkpoint"]
         if check_base and stored != backbone.source.fingerprint:
             raise AdapterError(
                 f"adapter in {str(folder)!r} was trained on {checkpoint!r} with fingerprint"
                 f" {stored[:12]}…, this backbone is {backbone.source.checkpoint!r} with fingerprint"
                 f" {backbone.source.fingerprint[:12]}…; load the adapter's own base, or pass check_base=False"
             )
-        adapter = get_adapter(spec)
-    elif (folder / "adapter_config.json").is_file():
+        try:
+            adapter = get_adapter(spec)
+        except (TypeError, ValueError) as error:
+            raise AdapterError(f"{str(record_path)!r} names an adapter that cannot be used: {error}") from error
+    elif (folder / "adapter_config.json").exists():
         from .additive import from_peft
 
         adapter = from_peft(folder, backbone)
@@ -371,6 +373,32 @@ def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = T
     except BaseException:
         adapter.detach()
         raise
+
+
+def read_adapter_record(folder: Path) -> dict[str, Any]:
+    """Return what :meth:`Adapter.save` recorded of an adapter: ``adapter``, ``base``, ``versions`` and more.
+
+    Raises
+    ------
+    AdapterError
+        If the record is missing, damaged, or written by a newer version.
+    """
+    path = folder / RECORD
+    try:
+        content: dict[str, Any] = opened(load_json(path))
+        for name in ("adapter", "base"):
+            content[name]
+        base = content["base"]
+        for name in ("fingerprint", "checkpoint"):
+            if not isinstance(base[name], str):
+                raise TypeError(f"base.{name} is {base[name]!r}, not text")
+    except NewerFormat as error:
+        raise AdapterError(f"{str(path)!r} was {error}") from None
+    except OSError as error:
+        raise AdapterError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"{str(path)!r} is damaged: {type(error).__name__}: {error}") from error
+    return content
 
 
 def versions() -> dict[str, str]:

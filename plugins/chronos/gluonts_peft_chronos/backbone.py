@@ -24,7 +24,7 @@ from transformers.models.t5 import modeling_t5
 from transformers.utils import logging as transformers_logging
 
 from gluonts_peft.backbone import Backbone, Source, Trajectories, find_sites
-from gluonts_peft.checkpoint import CheckpointError, read_config
+from gluonts_peft.checkpoint import CheckpointError, check_whole, read_config
 from gluonts_peft.registry import unknown
 
 from .sampling import sample_tokens
@@ -99,6 +99,7 @@ class ChronosBackbone(Backbone):
                 f"checkpoint folder {str(folder)!r} is not of family 'chronos': its config.json has no chronos_config"
                 f" (model_type {config.get('model_type')!r})"
             )
+        check_whole(config, folder)
         # The official loader reads a folder without a pipeline class as T5.
         pipeline = config.get("chronos_pipeline_class", "ChronosPipeline")
         if pipeline not in _NETWORKS:

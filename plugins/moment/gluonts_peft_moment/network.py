@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Stack
 
-from gluonts_peft.checkpoint import CheckpointError, read_config, save_tensors, weight_files
+from gluonts_peft.checkpoint import CheckpointError, check_whole, read_config, save_tensors, weight_files
 
 __all__ = ["MomentNetwork", "bridge", "normalise"]
 
@@ -322,6 +322,7 @@ class MomentNetwork(nn.Module):
                 f"{start} is not of family 'moment': its config.json has no t5_config or no patch_len (model_type"
                 f" {config.get('model_type')!r}); old revisions of the official folders lack t5_config: fetch again"
             )
+        check_whole(config, folder)
         try:
             network = cls(config)
         except (ValueError, TypeError, KeyError) as error:
