@@ -6,7 +6,7 @@ BIN := .venv/bin
 OUT ?= runs/demo
 JOBS ?= 2
 
-.PHONY: install demo test slow check fix quick bench
+.PHONY: install demo test slow attack check fix quick bench
 
 install: .venv/.complete
 
@@ -39,6 +39,9 @@ quick: install
 
 slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -q
+
+attack: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/attack/attack.py
 
 bench: install
 	$(BIN)/python tests/benchmarks/bench.py
