@@ -58,12 +58,12 @@ def test_unsorted_rows_with_a_gap_become_sorted_series_on_a_grid(tmp_path, suffi
 
     first, second = read_dataset(path, item_id="stay", timestamp="when", target="rate")
 
-    assert (first["item_id"], second["item_id"]) == ("a", "b")
-    assert first["start"] == pd.Period("2024-01-01 02:00", "h")
-    assert second["start"] == pd.Period("2024-01-01 01:00", "h")
+    assert (first["item_id"], second["item_id"]) == ("b", "a")
+    assert first["start"] == pd.Period("2024-01-01 01:00", "h")
+    assert second["start"] == pd.Period("2024-01-01 02:00", "h")
     assert first["target"].dtype == np.float32
-    np.testing.assert_array_equal(first["target"], [2.0, np.nan, np.nan, 5.0])
-    np.testing.assert_array_equal(second["target"], [10.0, 20.0])
+    np.testing.assert_array_equal(first["target"], [10.0, 20.0])
+    np.testing.assert_array_equal(second["target"], [2.0, np.nan, np.nan, 5.0])
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_one_row_is_enough_if_the_frequency_is_given(tmp_path):
 def test_names_stay_text(tmp_path):
     times = pd.date_range("2024-01-01", periods=3, freq="D")
     entries = read_dataset(write(tmp_path, rows("NA", times) + rows("007", times)))
-    assert [entry["item_id"] for entry in entries] == ["007", "NA"]
+    assert [entry["item_id"] for entry in entries] == ["NA", "007"]
 
 
 def test_a_single_series_needs_no_item_column(tmp_path):
@@ -154,10 +154,10 @@ def test_a_single_series_needs_no_item_column(tmp_path):
     np.testing.assert_array_equal(entry["target"], [1, 2, np.nan])
 
 
-def test_time_zones_are_converted_to_utc(tmp_path):
+def test_periods_begin_with_the_clock_of_the_first_stamp_and_have_an_absolute_length(tmp_path):
     times = ["2024-03-31T00:00:00+01:00", "2024-03-31T01:00:00+01:00", "2024-03-31T03:00:00+02:00"]
     [entry] = read_dataset(write(tmp_path, rows("a", times)))
-    assert entry["start"] == pd.Period("2024-03-30 23:00", "h")
+    assert entry["start"] == pd.Period("2024-03-31 00:00", "h")
     assert entry["target"].tolist() == [0.0, 1.0, 2.0]
 
 
@@ -243,7 +243,8 @@ def test_an_unreadable_time_stamp_is_named_and_never_guessed(tmp_path, item, tex
     path = write(tmp_path, "\n".join(lines))
     with fails(
         f"timestamp 'timestamp' of item '{item}' in '{path}' is '{text}', which is not ISO 8601 "
-        f"(row {row}, 1 such rows); write it like 2024-01-31 13:00"
+        f"(row {row}, 1 such rows); write it like 2024-01-31 13:00, or say how it is written, e.g. "
+        "date_format='%d.%m.%Y' (command line: --date-format)"
     ):
         read_dataset(path)
 
@@ -277,21 +278,22 @@ def test_time_stamps_with_and_without_a_zone_do_not_mix(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("freq", "off", "times"),
+    ("freq", "off", "times", "suggested"),
     [
-        ("h", "2024-01-01 00:30:00", ["2024-01-01 00:00", "2024-01-01 00:30", "2024-01-01 01:00"]),
-        ("2D", "2024-01-02 00:00:00", ["2024-01-01", "2024-01-02", "2024-01-03"]),
-        ("M", "2024-02-20 00:00:00", ["2024-01-31", "2024-02-01", "2024-02-20"]),
-        ("B", "2024-01-06 00:00:00", ["2024-01-05", "2024-01-06", "2024-01-08"]),
+        ("h", "2024-01-01 00:30:00", ["2024-01-01 00:00", "2024-01-01 00:30", "2024-01-01 01:00"], "30min"),
+        ("2D", "2024-01-02 00:00:00", ["2024-01-01", "2024-01-02", "2024-01-03"], "D"),
+        ("M", "2024-02-20 00:00:00", ["2024-01-31", "2024-02-01", "2024-02-20"], None),
+        ("B", "2024-01-06 00:00:00", ["2024-01-05", "2024-01-06", "2024-01-08"], "D"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*BDay.*:FutureWarning")
-def test_a_time_stamp_off_the_given_grid_is_named(tmp_path, freq, off, times):
+def test_a_time_stamp_off_the_given_grid_is_named(tmp_path, freq, off, times, suggested):
     count = 2 if freq == "B" else 1
+    hint = f" (the time stamps suggest {suggested!r})" if suggested else ""
     path = write(tmp_path, rows("a", times))
     with fails(
         f"timestamp {off} of item 'a' is off the grid of freq '{freq}' (given), which starts at "
-        f"{pd.Timestamp(times[0])} ({count} such rows); resample, or give another freq="
+        f"{pd.Timestamp(times[0])} ({count} such rows); resample, or give another freq={hint}"
     ):
         read_dataset(path, freq=freq)
 
@@ -324,13 +326,16 @@ def test_an_infinite_target_is_named(tmp_path, item, text, shown):
         read_dataset(path)
 
 
-@pytest.mark.parametrize(("item", "text"), [("a", "high"), ("b", "1,5")])
-def test_a_target_that_is_no_number_is_named(tmp_path, item, text):
+@pytest.mark.parametrize(
+    ("item", "text", "hint"),
+    [("a", "high", ""), ("b", "1,5", "; a decimal ','? give decimal=',' (command line: --decimal ,)")],
+)
+def test_a_target_that_is_no_number_is_named(tmp_path, item, text, hint):
     days = ["2024-01-01", "2024-01-02"]
     path = write(tmp_path, rows("a", days) + rows("b", days) + f'{item},2024-01-03,"{text}"\n')
     with fails(
         f"target 'target' of item '{item}' at 2024-01-03 00:00:00 in '{path}' is '{text}', which is not a number "
-        "(1 such rows); leave missing values empty, or name another column"
+        f"(1 such rows); leave missing values empty, or name another column{hint}"
     ):
         read_dataset(path)
 
@@ -360,7 +365,7 @@ def test_an_accidental_step_is_no_frequency(tmp_path):
     path = write(tmp_path, rows("a", ["2024-01-01 00:00:00", "2024-01-01 00:00:01", "2024-01-02 07:11:13"]))
     with fails(
         "the frequency cannot be inferred: at the smallest difference, 's', only 0.00% of the points of item 'a' and "
-        "the others would be observed; give freq= (command line: --freq), or resample"
+        "the others would be observed; the time stamps suggest about '12h'; give freq= (command line: --freq), or resample"
     ):
         read_dataset(path)
 
@@ -389,7 +394,7 @@ def test_what_gluonts_wrote_is_read(tmp_path, writer):
     saved = TrainDatasets(metadata=MetaData(freq="1D"), train=ENTRIES, test=ENTRIES[:1])
     saved.save(str(tmp_path / "data"), writer)
 
-    first, second = read_dataset(tmp_path / "data" / "train")
+    second, first = read_dataset(tmp_path / "data" / "train")
 
     assert (first["item_id"], second["item_id"]) == ("a", "b")
     assert second["start"] == pd.Period("2024-01-02", "D")
@@ -497,11 +502,11 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "forecasts.csv"
     path.write_text("old")
 
-    def broken(*args, **kwargs):
-        Path(args[1]).write_text("half a fi")
+    def broken(columns, count, out):
+        out.write(b"half a fi")
         raise OSError("disk full")
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", broken)
+    monkeypatch.setattr("gluonts_peft.series.writing._write_csv", broken)
     with pytest.raises(OSError, match="^disk full$"):
         write_forecasts([sample_forecast()], path, overwrite=True)
     assert path.read_text() == "old"
