@@ -26,6 +26,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from .registry import unknown
+from .series.calendar import Calendar, calendar_of, dated, stamp_table, stamps_of
+from .series.writing import repeated, write_columns
 from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
@@ -75,16 +77,24 @@ class Scores:
         First period.
     values
         Shape ``(time,)``, float64, larger is stranger; NaN where there is no score.
+    calendar
+        How its periods are stamped.
     """
 
     item_id: str
     start: pd.Period
     values: Floats
+    calendar: Calendar = Calendar()
 
     @property
     def index(self) -> pd.PeriodIndex:
-        """Time stamps of the values."""
+        """Periods of the values."""
         return pd.period_range(self.start, periods=len(self.values), freq=self.start.freq)
+
+    @property
+    def stamps(self) -> pd.Index:
+        """Time stamps of the values, as those of the data."""
+        return stamps_of(self.start, len(self.values), self.calendar)
 
 
 @dataclass(frozen=True)
@@ -186,7 +196,7 @@ def detect(
             # By itself: a mean over its end would look at what comes after.
             clean = smooth(found.values[:begin], smoothing)
             level = _threshold(clean, threshold, f"the calibration part of series {found.item_id!r}")
-        scores = Scores(found.item_id, found.start, smooth(found.values, smoothing))
+        scores = replace(found, values=smooth(found.values, smoothing))
         late = scores.values.copy()
         late[:begin] = np.nan
         events = find_events(replace(scores, values=late), level, merge=merge, min_length=min_length)
@@ -250,7 +260,7 @@ def score(
         raise ValueError(unknown("method", method, METHODS))
     if stride is not None and stride <= 0:
         raise ValueError(f"stride {stride} is not positive")
-    entries = list(dataset)
+    entries = list(dated(dataset))
     store = SeriesStore.from_dataset(entries, features="covariates" in backbone.capabilities)
     scales = np.array([_scale(store, i) for i in range(len(store))])
     errors, counts = METHODS[method](backbone, store, scales, stride, batch_size, progress, **options)
@@ -263,7 +273,7 @@ def score(
             raise ValueError(
                 f"series {name!r} of {len(own)} steps is too short to score: method {method!r} has no window in it"
             )
-        found.append(Scores(name, entry["start"], smooth(own, smoothing)))
+        found.append(Scores(name, entry["start"], smooth(own, smoothing), calendar_of(entry)))
     return found
 
 
@@ -548,9 +558,14 @@ def find_events(scores: Scores, limit: float, *, merge: int = 0, min_length: int
 
 
 def write_detections(
-    detections: Sequence[Detection], dataset: Iterable[Mapping[str, Any]], folder: str | Path, *, plots: int = 6
+    detections: Sequence[Detection],
+    dataset: Iterable[Mapping[str, Any]],
+    folder: str | Path,
+    *,
+    plots: int = 6,
+    columns: Sequence[str] = ("item_id", "timestamp", "target"),
 ) -> None:
-    """Write ``scores.csv``, ``events.csv`` and ``plot.png`` into a folder.
+    """Write ``scores.csv``, ``events.csv`` and ``plot.png`` into a folder, stamped as the data are.
 
     Parameters
     ----------
@@ -560,6 +575,8 @@ def write_detections(
         New or empty; made if need be.
     plots
         Most series in the plot, the first ones.
+    columns
+        Names of the columns for item, time and value in ``scores.csv``.
 
     Raises
     ------
@@ -570,23 +587,37 @@ def write_detections(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder {str(folder)!r} is in use; name a new one")
     entries = list(dataset)
-    points, found = [], []
-    for detection, entry in zip(detections, entries, strict=True):
-        scores = detection.scores
-        inside = np.zeros(len(scores.values), bool)
+    inside = [np.zeros(len(detection.scores.values), bool) for detection in detections]
+    for marks, detection in zip(inside, detections, strict=True):
         for event in detection.events:
-            inside[event.first : event.last + 1] = True
-            span = [period.to_timestamp() for period in (event.start, event.end)]
-            found.append((scores.item_id, *span, event.last - event.first + 1, event.peak, detection.threshold))
-        times = scores.index.to_timestamp()
-        target = np.asarray(entry["target"])
-        columns = dict(timestamp=times, target=target, score=scores.values, threshold=detection.threshold)
-        points.append(pd.DataFrame({"item_id": scores.item_id, **columns, "event": inside}))
-    names = ["item_id", "start", "end", "steps", "peak", "threshold"]
+            marks[event.first : event.last + 1] = True
+    lengths = [len(marks) for marks in inside]
+    scores = [detection.scores for detection in detections]
+    calendars = [own.calendar for own in scores]
+    names = [entry.get("item_id", own.item_id) for own, entry in zip(scores, entries, strict=True)]
+    points = {
+        columns[0]: repeated(names, lengths),
+        columns[1]: stamp_table([own.start for own in scores], lengths, calendars),
+        columns[2]: np.concatenate([np.asarray(entry["target"]) for entry in entries]),
+        "score": np.concatenate([own.values for own in scores]),
+        "threshold": np.repeat([detection.threshold for detection in detections], lengths),
+        "event": np.concatenate(inside),
+    }
+    counts = [len(detection.events) for detection in detections]
+    found = [event for detection in detections for event in detection.events]
+    own_calendars = [calendar for calendar, count in zip(calendars, counts, strict=True) for _ in range(count)]
+    events = {
+        columns[0]: repeated(names, counts),
+        "start": stamp_table([event.start for event in found], 1, own_calendars),
+        "end": stamp_table([event.end for event in found], 1, own_calendars),
+        "steps": np.array([event.last - event.first + 1 for event in found], np.int64),
+        "peak": np.array([event.peak for event in found], float),
+        "threshold": np.repeat([detection.threshold for detection in detections], counts),
+    }
     figure = _plot(detections[:plots], entries)
     folder.mkdir(parents=True, exist_ok=True)
-    pd.concat(points).to_csv(folder / "scores.csv", index=False)
-    pd.DataFrame(found, columns=names).to_csv(folder / "events.csv", index=False)
+    write_columns(points, folder / "scores.csv", ".csv")
+    write_columns(events, folder / "events.csv", ".csv")
     figure.savefig(folder / "plot.png", dpi=100)
 
 
@@ -598,17 +629,18 @@ def _plot(detections: Sequence[Detection], entries: Sequence[Mapping[str, Any]])
     figure = Figure(figsize=(10, 3 * len(detections)), layout="constrained")
     axes = figure.subplots(2 * len(detections), 1, squeeze=False, height_ratios=[2, 1] * len(detections))[:, 0]
     for detection, entry, above, below in zip(detections, entries, axes[::2], axes[1::2], strict=False):
-        times = detection.scores.index.to_timestamp()
-        above.plot(times, entry["target"], color="black", linewidth=0.7)
+        # What the clock shows; and one step more, where an event at the end ends.
+        own = detection.scores
+        times = stamp_table([own.start], len(own.values) + 1, [own.calendar]).walls.view("M8[ns]")
+        above.plot(times[:-1], entry["target"], color="black", linewidth=0.7)
         above.set_title(detection.scores.item_id, loc="left", fontsize="medium", parse_math=False)
-        below.plot(times, detection.scores.values, color="tab:blue", linewidth=0.7)
+        below.plot(times[:-1], detection.scores.values, color="tab:blue", linewidth=0.7)
         below.axhline(detection.threshold, color="tab:red", linewidth=0.7, linestyle="--")
         below.set_ylabel("score")
         below.sharex(above)
         for axis in (above, below):
             for event in detection.events:
-                end = (event.end + 1).to_timestamp()
-                axis.axvspan(event.start.to_timestamp(), end, color="tab:red", alpha=0.25, linewidth=0)
+                axis.axvspan(times[event.first], times[event.last + 1], color="tab:red", alpha=0.25, linewidth=0)
     return figure
 
 

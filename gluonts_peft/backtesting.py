@@ -45,6 +45,7 @@ from gluonts.model.forecast import Forecast, SampleForecast
 from gluonts.model.predictor import Predictor, RepresentablePredictor
 
 from .metrics import DTW, DTWPathError
+from .series.calendar import calendar_of, dated, first_stamp
 from .series.season import season_length
 
 __all__ = ["QUANTILE_LEVELS", "SeasonalNaive", "backtest", "default_metrics"]
@@ -128,7 +129,8 @@ def backtest(
     -------
     pandas.DataFrame
         A column a metric. One row; with ``per_window`` a row a window in the order of the dataset, indexed by
-        ``item_id`` (or the position in the dataset, from 0, where an entry has none) and ``forecast_start``.
+        ``item_id`` (or the position in the dataset, from 0, where an entry has none) and ``forecast_start``, a period,
+        or a time stamp where the entries' calendars say more than that.
         ``frame.attrs`` says what was scored:
 
         - ``"series"`` and ``"windows"``: how many were scored;
@@ -170,6 +172,7 @@ def backtest(
 
     length = predictor.prediction_length
     distance = length if distance is None else distance
+    dataset = dated(dataset)
     survey = _survey(dataset, length, windows, distance)
     _, template = split(_Kept(dataset, survey.series), offset=-survey.span)
     test = _Windows(
@@ -185,7 +188,7 @@ def backtest(
 
     options = {} if num_samples is None else {"num_samples": num_samples}
     forecasts = iter(predictor.predict(test.inputs, **options))
-    index: list[tuple[Any, pd.Period]] = []
+    index: list[tuple[Any, pd.Period | pd.Timestamp]] = []
     unscaled = seasonless = 0
     for batch in batcher(_pair(test, forecasts), batch_size):
         seasons = [seasonality or season_length(history["start"].freqstr) for history, _, _ in batch]
@@ -195,7 +198,9 @@ def backtest(
         scale = np.ma.masked_equal(np.ma.masked_invalid(np.stack(scales)), 0.0)
         unscaled += int(np.ma.getmaskarray(scale).reshape(len(batch), -1).any(axis=1).sum())
         label = np.ma.masked_invalid(np.stack([label["target"] for _, label, _ in batch]))
-        index.extend((forecast.item_id, forecast.start) for _, _, forecast in batch)
+        index.extend(
+            (forecast.item_id, first_stamp(forecast.start, calendar_of(history))) for history, _, forecast in batch
+        )
         data = _Batch(label, scale, [forecast for _, _, forecast in batch])
         # A score that divides by zero is masked, NaN or infinite as documented; numpy's warnings would add nothing.
         with np.errstate(divide="ignore", invalid="ignore"):

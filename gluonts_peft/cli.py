@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .columns import Columns, reads_data
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -30,10 +32,6 @@ DEFAULT_FAMILY = "chronos"
 PIPE_WIDTH = 1000
 
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Table (.csv, .parquet), GluonTS file or GluonTS folder.")]
-Freq = Annotated[str | None, typer.Option(help="Frequency such as 5min, h or D.  [default: inferred]")]
-ItemId = Annotated[str, typer.Option(help="Column with the name of the series; '' for a table of a single one.")]
-Timestamp = Annotated[str, typer.Option(help="Column with the time stamps.")]
-Target = Annotated[str, typer.Option(help="Column with the values.")]
 Model = Annotated[Path | None, typer.Option(help="A predictor's folder; --checkpoint then is where its base lies now.")]
 Family = Annotated[str | None, typer.Option(help=f"Model family.  [default: {DEFAULT_FAMILY}]")]
 Checkpoint = Annotated[str | None, typer.Option(help="Bundled name, folder or hub id.  [default: the family's]")]
@@ -183,6 +181,42 @@ def _override(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
+def _one_of(option: str, value: str, known: Iterable[str]) -> None:
+    from .registry import unknown
+
+    if value not in known:
+        raise ValueError(unknown(option, value, known))
+
+
+def _check_names(family: str | None, adapter: Any = ()) -> None:
+    """Refuse an unknown family or adapter, before anything of them is imported."""
+    from .registry import adapters, families
+
+    if family is not None:
+        _one_of("family", family, families.names())
+    for part in adapter if isinstance(adapter, list) else [adapter]:
+        name = part.get("name") if isinstance(part, dict) else part
+        if isinstance(name, str):
+            _one_of("adapter", name, adapters.names())
+
+
+def _check_model(model: Path | None, family: str | None, horizon: int | None, context: int | None) -> None:
+    """Refuse what cannot be a model, before anything of it is imported."""
+    for name, steps in (("prediction_length", horizon), ("context_length", context)):
+        if steps is not None and steps <= 0:
+            use = "to forecast" if name == "prediction_length" else "of history to use"
+            raise ValueError(f"{name} {steps} is not positive; name the steps {use}")
+    if model is None and horizon is None:
+        raise ValueError("there is nothing to forecast with; give --model FOLDER, or --horizon N for zero-shot")
+    if model is not None:
+        for option, value in (("--family", family), ("--horizon", horizon), ("--context", context)):
+            if value is not None:
+                raise ValueError(f"{option} {value} does not go with --model {model}, which has its own; leave one out")
+        if not (model / "predictor.json").is_file():
+            raise ValueError(f"folder {str(model)!r} holds no predictor: it has no predictor.json")
+    _check_names(family)
+
+
 def _predictor(
     model: Path | None,
     family: str | None,
@@ -192,12 +226,7 @@ def _predictor(
     device: str,
 ) -> PeftPredictor:
     """Load a stored predictor, or make a zero-shot one."""
-    if model is None and horizon is None:
-        raise ValueError("there is nothing to forecast with; give --model FOLDER, or --horizon N for zero-shot")
-    if model is not None:
-        for option, value in (("--family", family), ("--horizon", horizon), ("--context", context)):
-            if value is not None:
-                raise ValueError(f"{option} {value} does not go with --model {model}, which has its own; leave one out")
+    _check_model(model, family, horizon, context)
 
     from .backbone import load_backbone
     from .predictor import PeftPredictor
@@ -283,6 +312,7 @@ def _where(adapter: Any) -> str:
 
 
 @app.command(epilog=_example('fit train.csv --out model --horizon 24 --adapter \'{"name": "lora", "r": 4}\''))
+@reads_data
 def fit(
     data: Data,
     out: NewFolder,
@@ -302,11 +332,9 @@ def fit(
         str, typer.Option(help="forecast, or reconstruct (for detect and impute; --horizon then has no effect).")
     ] = "forecast",
     device: Device = "auto",
-    freq: Freq = None,
-    item_id: ItemId = "item_id",
-    timestamp: Timestamp = "timestamp",
-    target: Target = "target",
     resume: Resume = False,
+    *,
+    columns: Columns,
 ) -> None:
     """Tune a pretrained model on DATA and write a GluonTS predictor.
 
@@ -315,12 +343,15 @@ def fit(
     spec = _adapter(adapter)
     if task not in ("forecast", "reconstruct"):
         raise ValueError(f"--task {task} is unknown; name forecast or reconstruct")
+    _check_names(family, spec)
     with _new_folder(out, resume) as training:
+        # Before what takes long to import.
+        dataset = columns.read(data)
+        held_out = None if validation is None else columns.read(validation, ignore=True)
+
         from .registry import get_adapter, get_estimator
-        from .series.table import read_dataset
         from .training import TuningDidNotHelp
 
-        columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
         estimator = get_estimator(family)(
             prediction_length=horizon,
             context_length=context,
@@ -336,8 +367,6 @@ def fit(
             folder=str(training),
             progress=sys.stderr.isatty(),
         )
-        dataset = read_dataset(data, **columns)
-        held_out = None if validation is None else read_dataset(validation, **columns)
         try:
             predictor: Any
             if task == "reconstruct":
@@ -387,6 +416,7 @@ def _new_folder(out: Path, resume: bool) -> Iterator[Path]:
 
 
 @app.command(epilog=_example("forecast recent.csv --model model --out forecasts.csv"))
+@reads_data
 def forecast(
     data: Data,
     out: Annotated[Path, typer.Option(help="File for the forecasts: .csv, .csv.gz or .parquet.")],
@@ -397,22 +427,24 @@ def forecast(
     context: Context = None,
     num_samples: Samples = None,
     device: Device = "auto",
-    freq: Freq = None,
-    item_id: ItemId = "item_id",
-    timestamp: Timestamp = "timestamp",
-    target: Target = "target",
     overwrite: Overwrite = False,
+    *,
+    columns: Columns,
 ) -> None:
     """Forecast the steps after the end of each series of DATA, with a tuned model or zero-shot."""
-    from .series.table import read_dataset, write_forecasts
+    from .series.table import writable, write_forecasts
 
+    _check_model(model, family, horizon, context)
+    writable(out, overwrite)
+    dataset = columns.read(data)
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
-    dataset = read_dataset(data, freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
-    write_forecasts(predictor.predict(dataset, num_samples=num_samples), out, overwrite=overwrite)
+    forecasts = predictor.predict(dataset, num_samples=num_samples)
+    write_forecasts(forecasts, out, overwrite=overwrite, columns=columns.names[:2])
     _say(f"{predictor.prediction_length} steps of {len(dataset)} series forecast: {out}")
 
 
 @app.command(epilog=_example("backtest test.csv --model model --windows 3 --out scores.csv"))
+@reads_data
 def backtest(
     data: Data,
     model: Model = None,
@@ -425,12 +457,10 @@ def backtest(
     baselines: Baselines = True,
     num_samples: Samples = None,
     device: Device = "auto",
-    freq: Freq = None,
-    item_id: ItemId = "item_id",
-    timestamp: Timestamp = "timestamp",
-    target: Target = "target",
     out: Annotated[Path | None, typer.Option(help="CSV file for the scores.")] = None,
     overwrite: Overwrite = False,
+    *,
+    columns: Columns,
 ) -> None:
     """Score a model on the last windows of each series of DATA, which it must not have been trained on."""
     if out is not None:
@@ -438,16 +468,16 @@ def backtest(
             raise FileExistsError(f"--out {out} exists; name another file, or replace it: --overwrite")
         if not out.parent.is_dir():
             raise FileNotFoundError(f"the folder of --out {out} does not exist; make it first")
+    _check_model(model, family, horizon, context)
+    dataset = columns.read(data)
 
     import pandas as pd
 
     from .backtesting import SeasonalNaive
     from .backtesting import backtest as score
     from .series.season import season_length
-    from .series.table import read_dataset
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
-    dataset = read_dataset(data, freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
     season = season_length(dataset[0]["start"].freqstr) if seasonality is None else seasonality
     common: dict[str, Any] = dict(windows=windows, seasonality=season)
     adapter = predictor.backbone.adapter
@@ -479,6 +509,7 @@ def backtest(
 
 
 @app.command(epilog=_example("detect ward.csv --family moment --calibration 0.25 --out anomalies"))
+@reads_data
 def detect(
     data: Data,
     out: Annotated[Path, typer.Option(help="New folder for scores, events and plot.")],
@@ -502,10 +533,8 @@ def detect(
         str | None, typer.Option(help="Column with 1 where there is an anomaly: scores the scores.")
     ] = None,
     device: Device = "auto",
-    freq: Freq = None,
-    item_id: ItemId = "item_id",
-    timestamp: Timestamp = "timestamp",
-    target: Target = "target",
+    *,
+    columns: Columns,
 ) -> None:
     """Find anomalies in each series of DATA, with a tuned model or zero-shot."""
     spec = _json("--threshold", threshold, '{"name": "quantile", "level": 0.999}')
@@ -514,20 +543,24 @@ def detect(
 
     import numpy as np
 
-    from .anomaly import QUALITY, evaluate, write_detections
+    from .anomaly import METHODS, QUALITY, THRESHOLDS, evaluate, write_detections
     from .anomaly import detect as find
-    from .series.table import read_dataset
 
-    columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp, dtype=np.float64)
-    if model is None and horizon is None and method in ("auto", "reconstruction", "visible") and _reconstructs(family):
-        horizon = 1
-    predictor = _predictor(model, family, checkpoint, horizon, context, device)
-    dataset = read_dataset(data, target=target, **columns)
+    _one_of("method", method, ("auto", *METHODS))
+    _one_of("threshold", spec if isinstance(spec, str) else str(dict(spec).get("name")), THRESHOLDS)
+    # Whether the family needs a horizon is known only when it is loaded.
+    by_family = model is None and horizon is None and method in ("auto", "reconstruction", "visible")
+    _check_model(model, family, 1 if by_family else horizon, context)
+    marked = [] if labels is None else [labels]
+    dataset = columns.read(data, dtype=np.float64, also_ignore=marked)
     clean: Any = calibration
     if calibration is not None:
         number = _number(calibration)
-        clean = read_dataset(Path(calibration), target=target, **columns) if number is None else number
-    truth = None if labels is None else read_dataset(data, target=labels, **columns)
+        clean = columns.read(Path(calibration), dtype=np.float64, ignore=True) if number is None else number
+    truth = None if labels is None else columns.read(data, target=labels, ignore=True)
+    if by_family and _reconstructs(family):
+        horizon = 1
+    predictor = _predictor(model, family, checkpoint, horizon, context, device)
     for label in truth or ():
         if len(wrong := label["target"][~np.isin(label["target"], (0, 1))]):
             raise ValueError(
@@ -545,7 +578,9 @@ def detect(
         stride=stride,
         progress=sys.stderr.isatty(),
     )
-    write_detections(found, dataset, out)
+    write_detections(found, dataset, out, columns=columns.names)
+    from .series.calendar import first_stamp
+
     quality = []
     for each, label in zip(found, truth, strict=True) if truth else ():
         judged, marks = each.scores.values[each.begin :], label["target"][each.begin :]
@@ -556,8 +591,8 @@ def detect(
     rows = [
         (
             each.scores.item_id,
-            event.start,
-            event.end,
+            first_stamp(event.start, each.scores.calendar),
+            first_stamp(event.end, each.scores.calendar),
             event.last - event.first + 1,
             f"{event.peak:.4g}",
             f"{each.threshold:.4g}",
@@ -587,6 +622,7 @@ def _reconstructs(family: str | None) -> bool:
 
 
 @app.command(epilog=_example("impute ward.csv --out filled.csv"))
+@reads_data
 def impute(
     data: Data,
     out: Annotated[Path, typer.Option(help="File for the filled series: .csv, .csv.gz or .parquet.")],
@@ -597,29 +633,30 @@ def impute(
     max_gap: Annotated[int | None, typer.Option(help="Longest gap to fill.  [default: half the context]")] = None,
     unfillable: Annotated[str, typer.Option(help="Longer gaps and empty series: raise, keep (missing).")] = "raise",
     device: Device = "auto",
-    freq: Freq = None,
-    item_id: ItemId = "item_id",
-    timestamp: Timestamp = "timestamp",
-    target: Target = "target",
     overwrite: Overwrite = False,
+    *,
+    columns: Columns,
 ) -> None:
     """Fill the gaps of each series of DATA; observed values stay as they are."""
     import numpy as np
 
-    from .imputation import impute as fill
-    from .imputation import write_imputed
-    from .series.table import read_dataset, writable
+    from .series.table import writable
 
     writable(out, overwrite)
+    _one_of("unfillable", unfillable, ("raise", "keep"))
     if model is None:
         family = family or "moment"
-    predictor = _predictor(model, family, checkpoint, None if model is not None else 1, context, device)
-    columns: dict[str, Any] = dict(freq=freq, item_id=item_id or None, timestamp=timestamp, target=target)
-    dataset = read_dataset(data, **columns, dtype=np.float64)
+    horizon = None if model is not None else 1
+    _check_model(model, family, horizon, context)
+    dataset = columns.read(data, dtype=np.float64)
+
+    from .imputation import impute as fill
+    from .imputation import write_imputed
+
+    predictor = _predictor(model, family, checkpoint, horizon, context, device)
     filled = fill(predictor, dataset, max_gap=max_gap, unfillable=unfillable, progress=sys.stderr.isatty())
-    names = (item_id or "item_id", timestamp, target)
-    table = write_imputed(dataset, filled, out, overwrite=overwrite, columns=names)
-    left = int(table[target].isna().sum())
+    table = write_imputed(dataset, filled, out, overwrite=overwrite, columns=columns.names)
+    left = int(table[columns.target].isna().sum())
     _say(f"{int(table['imputed'].sum())} values of {len(dataset)} series filled, {left} left missing: {out}")
 
 

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .registry import adapter_names, get_adapter, unknown
-from .series.table import writable, write_table
+from .series.calendar import calendar_of, dated, stamp_table
+from .series.writing import repeated, writable, write_columns
 from .training import fit, to_device
 from .windows import SeriesStore, Windows
 
@@ -253,7 +254,7 @@ def impute(
         raise ValueError(
             f"max_gap {longest} is not between 1 and {context - 2 * patch}, the context_length less two patches"
         )
-    entries = list(dataset)
+    entries = list(dated(dataset))
     store = SeriesStore.from_dataset(entries)
     plan: list[tuple[int, int, int]] = []
     kept: list[str] = []
@@ -305,6 +306,9 @@ def write_imputed(
 ) -> pd.DataFrame:
     """Write filled series as a long table, one row per item and time, and return it.
 
+    Time stamps are those of the data, where the entries know them (`read_dataset`, ``PandasDataset``); else they are
+    the starts of the periods.
+
     Parameters
     ----------
     dataset, filled
@@ -314,8 +318,7 @@ def write_imputed(
     overwrite
         Whether an existing file is replaced.
     columns
-        Names of the columns for item, time (the start of the period) and value; a fourth, ``imputed``, is True where a
-        value was filled in.
+        Names of the columns for item, time and value; a fourth, ``imputed``, is True where a value was filled in.
 
     Raises
     ------
@@ -323,15 +326,15 @@ def write_imputed(
         If the file cannot be written there.
     """
     path, suffix = writable(path, overwrite)
-    tables = []
-    for before, after in zip(dataset, filled, strict=True):
-        start, target = after["start"], after["target"]
-        times = pd.period_range(start, periods=len(target), freq=start.freq).to_timestamp()
-        own = dict(zip(columns, (after.get("item_id"), times, target), strict=True))
-        tables.append(pd.DataFrame({**own, "imputed": np.isnan(before["target"]) & ~np.isnan(target)}))
-    table: pd.DataFrame = pd.concat(tables, ignore_index=True)
-    write_table(table, path, suffix)
-    return table
+    pairs = list(zip(dataset, filled, strict=True))
+    lengths = [len(after["target"]) for _, after in pairs]
+    stamps = stamp_table([after["start"] for _, after in pairs], lengths, [calendar_of(after) for _, after in pairs])
+    target = np.concatenate([after["target"] for _, after in pairs])
+    missing = np.concatenate([np.isnan(before["target"]) for before, _ in pairs])
+    items = repeated([after.get("item_id") for _, after in pairs], lengths)
+    table = dict(zip((*columns, "imputed"), (items, stamps, target, missing & ~np.isnan(target)), strict=True))
+    write_columns(table, path, suffix)
+    return pd.DataFrame({**table, columns[1]: stamps.index()})
 
 
 def runs(mask: NDArray[np.bool_]) -> Integers:

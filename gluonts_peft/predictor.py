@@ -23,6 +23,7 @@ from .backbone import Backbone, Source, Trajectories
 from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
 from .registry import families, get_adapter
+from .series.calendar import dated
 from .training import Fit, Gate, resolve_device, to_device
 from .windows import context_batches
 
@@ -115,7 +116,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         generator = torch.Generator(device=backbone.device).manual_seed(self.seed)
         fused = backbone.adapter.fused if backbone.adapter is not None else None
         batches = context_batches(
-            dataset,
+            dated(dataset),
             context_length=backbone.past_length,
             batch_size=self.batch_size,
             prediction_length=backbone.prediction_length,

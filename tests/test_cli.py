@@ -156,7 +156,7 @@ def test_families_lists_the_plug_in() -> None:
     assert cells[3] == "bolt-nano, chronos2-nano, t5-nano"
 
 
-def test_a_plug_in_that_does_not_load_is_listed_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plug_in_that_does_not_load_is_listed_with_its_error(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     points = dict(registry.families._entry_points())
     points["broken"] = EntryPoint("broken", "no_such_plug_in:Estimator", registry.families.group)
     monkeypatch.setattr(registry.families, "_entry_points", lambda: points)
@@ -168,7 +168,7 @@ def test_a_plug_in_that_does_not_load_is_listed_with_its_error(monkeypatch: pyte
         " ModuleNotFoundError: No module named 'no_such_plug_in'"
     )
     assert f"error: {sentence}" in output
-    assert refused("forecast", "x.csv", "--family", "broken", "--horizon", "3", "--out", "y.csv") == sentence
+    assert refused("forecast", data, "--family", "broken", "--horizon", "3", "--out", "y.csv") == sentence
 
 
 def test_adapters_tells_where_they_go_and_counts_parameters() -> None:
@@ -848,7 +848,8 @@ def test_detect_prints_events_and_writes_scores_and_plot(ward: Path, tmp_path: P
 def test_detect_calibrates_on_a_file_and_takes_a_model_that_forecasts(
     data: Path, model: Path, ward: Path, tmp_path: Path
 ) -> None:
-    output = ok("detect", ward, "--model", model, "--calibration", data, "--out", tmp_path / "x", "--smoothing", "3")
+    common = ["--calibration", data, "--smoothing", "3", "--ignore", "strange"]
+    output = ok("detect", ward, "--model", model, *common, "--out", tmp_path / "x")
     scores = pd.read_csv(tmp_path / "x" / "scores.csv")
     assert scores["threshold"].nunique() == 1
     assert "b" in {row[0] for row in cells(output)}
@@ -874,13 +875,16 @@ def test_detect_calibrates_on_a_file_and_takes_a_model_that_forecasts(
     ],
 )
 def test_detect_refuses_what_it_cannot_do(ward: Path, tmp_path: Path, options: list[str], sentence: str) -> None:
-    assert refused("detect", ward, "--out", tmp_path / "out", *options).startswith(sentence)
+    assert refused("detect", ward, "--out", tmp_path / "out", "--ignore", "*", *options).startswith(sentence)
     assert not (tmp_path / "out").exists()
 
 
 def test_impute_fills_gaps_and_leaves_the_rest(ward: Path, tmp_path: Path) -> None:
     out = tmp_path / "filled.csv"
-    assert ok("impute", ward, "--out", out) == f"8 values of 2 series filled, 0 left missing: {out}\n"
+    assert (
+        ok("impute", ward, "--out", out, "--ignore", "strange")
+        == f"8 values of 2 series filled, 0 left missing: {out}\n"
+    )
     before, after = pd.read_csv(ward), pd.read_csv(out)
     missing = before["target"].isna()
     assert after["imputed"].tolist() == missing.tolist()
@@ -889,20 +893,27 @@ def test_impute_fills_gaps_and_leaves_the_rest(ward: Path, tmp_path: Path) -> No
     assert refused("impute", ward, "--out", out).startswith(f"path '{out}' exists; give another one")
     output = run("impute", ward, "--out", out, "--overwrite", "--max-gap", "2", "--unfillable", "keep")
     assert output.stdout == f"2 values of 2 series filled, 6 left missing: {out}\n"
-    assert output.stderr.startswith("warning: 2 gaps stay missing; the first: series 'a' misses the 3 steps 30 to 32,")
-    assert refused("impute", ward, "--out", tmp_path / "x.csv", "--family", "chronos").startswith(
+    dropped, kept, _ = output.stderr.split("\n")
+    assert dropped == (
+        f"warning: '{ward}': 1 columns are not read: strange; if they are meant to be left out, say so with ignore= "
+        "(command line: --ignore)"
+    )
+    assert kept.startswith("warning: 2 gaps stay missing; the first: series 'a' misses the 3 steps 30 to 32,")
+    options = ["--out", tmp_path / "x.csv", "--ignore", "strange"]
+    assert refused("impute", ward, *options, "--family", "chronos").startswith(
         "family 'chronos' does not reconstruct its input;"
     )
 
 
 def test_fit_to_reconstruct_makes_a_model_for_impute_and_detect(ward: Path, tmp_path: Path) -> None:
-    arguments = ["fit", ward, "--family", "moment", "--task", "reconstruct", *SHORT, "--gate", "keep"]
+    ignore = ["--ignore", "strange"]
+    arguments = ["fit", ward, "--family", "moment", "--task", "reconstruct", *SHORT, "--gate", "keep", *ignore]
     assert "adapter:              lora\n" in ok(*arguments, "--out", tmp_path / "model")
-    ok("impute", ward, "--model", tmp_path / "model", "--out", tmp_path / "tuned.csv")
-    ok("impute", ward, "--context", "48", "--out", tmp_path / "zero-shot.csv")
+    ok("impute", ward, "--model", tmp_path / "model", "--out", tmp_path / "tuned.csv", *ignore)
+    ok("impute", ward, "--context", "48", "--out", tmp_path / "zero-shot.csv", *ignore)
     tuned, zero_shot = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("tuned", "zero-shot"))
     assert (tuned["target"] != zero_shot["target"])[tuned["imputed"]].all()
-    ok("detect", ward, "--model", tmp_path / "model", "--calibration", "0.5", "--out", tmp_path / "anomalies")
+    ok("detect", ward, "--model", tmp_path / "model", "--calibration", "0.5", "--out", tmp_path / "anomalies", *ignore)
     assert refused(*arguments[:4], "--task", "imputation", *SHORT, "--out", tmp_path / "x") == (
         "--task imputation is unknown; name forecast or reconstruct"
     )

@@ -24,7 +24,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from pandas.tseries.frequencies import to_offset
 
-__all__ = ["Calendar", "Stamps", "calendar_of", "period_freq", "stamps_of", "with_calendar"]
+__all__ = [
+    "Calendar",
+    "Stamps",
+    "calendar_of",
+    "dated",
+    "first_stamp",
+    "period_freq",
+    "stamp_table",
+    "stamps_of",
+    "with_calendar",
+]
 
 Integers = NDArray[np.int64]
 
@@ -221,6 +231,11 @@ def stamps_of(start: pd.Period, count: int, calendar: Calendar = _PLAIN) -> pd.I
         In the zone of the calendar; an index of ``pandas.Timestamp`` where offsets differ without a zone.
     """
     return stamp_table([start], count, [calendar]).index()
+
+
+def first_stamp(start: pd.Period, calendar: Calendar) -> pd.Period | pd.Timestamp:
+    """Return when a period begins for people: a period still where the series has a plain calendar."""
+    return start if calendar.plain else stamps_of(start, 1, calendar)[0]
 
 
 def stamp_table(starts: Sequence[pd.Period], counts: int | Sequence[int], calendars: Sequence[Calendar]) -> Stamps:
@@ -478,8 +493,11 @@ class _Dated:
         for entry, pair in zip(self.dataset, pairs, strict=True):
             frame = pair[1]
             times = frame[self.dataset.timestamp] if self.dataset.timestamp else frame.index
-            if isinstance(getattr(times, "dtype", None), pd.PeriodDtype):
+            if isinstance(times.dtype, pd.PeriodDtype):
                 yield entry
                 continue
-            stamps = Stamps.of_index(pd.DatetimeIndex(times).sort_values()[: 1 + np.shape(entry["target"])[-1]])
-            yield with_calendar(entry, calendars(stamps, entry["start"].freqstr))
+            index = pd.DatetimeIndex(times)
+            freq = entry["start"].freqstr
+            # One stamp tells all, but for places in a month.
+            index = index.sort_values() if base_of(freq)[0] in "MQY" else pd.DatetimeIndex([index.min()])
+            yield with_calendar(entry, calendars(Stamps.of_index(index), freq))

@@ -46,7 +46,9 @@ GIVE_FREQ = "give freq= (command line: --freq)"
 _SHORTEST_MONTH = 28
 # A grid with fewer observed points than this is mostly missing.
 _LEAST_OBSERVED = 0.5
-_USUAL = tuple("1s 10s 30s 1min 5min 10min 15min 30min 1h 2h 3h 6h 12h 1D 7D 30D 91D 365D".split())
+# Usual distances of stamps, in seconds.
+_USUAL = {"s": 1, "10s": 10, "30s": 30, "min": 60, "5min": 300, "10min": 600, "15min": 900, "30min": 1800, "h": 3600}
+_USUAL |= {"2h": 7200, "3h": 10800, "6h": 21600, "12h": 43200, "D": 86400, "W": 604800, "M": 2629746, "Q": 7889238}
 # So many rows, none at a weekend, are no accident: of any 15 days in a row four are weekends (our choice).
 _LEAST_BUSINESS = 15
 
@@ -189,8 +191,9 @@ def _check_observed(rows: _Rows, freq: str | None, own: str, points: int) -> Non
     if freq is None:
         steps = np.diff(rows.stamps.instants)[rows.inside]
         # The usual frequency that is nearest to the usual distance.
-        typical = min(_USUAL, key=lambda name: abs(np.log(pd.Timedelta(name) / pd.Timedelta(float(np.median(steps))))))
-        hint = f"the time stamps suggest about {typical!r}; " if typical.removeprefix("1") != own else ""
+        distance = np.log(np.median(steps) / 1e9)
+        typical = min(_USUAL, key=lambda name: abs(np.log(_USUAL[name]) - distance))
+        hint = f"the time stamps suggest about {typical!r}; " if typical != own else ""
         raise ValueError(
             f"the frequency cannot be inferred: at the smallest difference, {own!r}, only {shown}; {hint}{GIVE_FREQ}, "
             "or resample"

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
 from ..files import write_atomically
 from ..registry import get_estimator
+from ..series.calendar import calendar_of, first_stamp
 from ..series.season import season_length
 from ..series.table import DataEntry, read_dataset, split_by_item
 from ..synthetic import sample_series
@@ -225,9 +226,9 @@ def _load(text: str, *_: Any) -> Data:
         entries = read_dataset(_set(spec.path), freq=spec.freq)
     key = patient_of if spec.group == "patient" else str
     if spec.source != "hourly" or spec.group == "item":
-        units = sorted({key(entry["item_id"]) for entry in entries})
+        units = sorted({key(str(entry["item_id"])) for entry in entries})
     if spec.source == "file" and spec.vital is not None:
-        entries = [entry for entry in entries if entry["item_id"].endswith(f"/{spec.vital}")]
+        entries = [entry for entry in entries if str(entry["item_id"]).endswith(f"/{spec.vital}")]
         if not entries:
             raise ValueError(f"no item_id of '{spec.path}' ends in '/{spec.vital}'; name another data.vital, or none")
     # All units, also those that have nothing of this vital sign: a patient is in the same part for each.
@@ -235,10 +236,10 @@ def _load(text: str, *_: Any) -> Data:
     part_of = {unit["item_id"]: part for part, those in enumerate(divided) for unit in those}
     parts: tuple[list[DataEntry], ...] = ([], [], [])
     for entry in entries:
-        parts[part_of[key(entry["item_id"])]].append(entry)
+        parts[part_of[key(str(entry["item_id"]))]].append(entry)
     for name, share, part in zip(("training", "validation", "test"), spec.fractions, parts, strict=True):
         if share and not part:
-            having = len({key(entry["item_id"]) for entry in entries})
+            having = len({key(str(entry["item_id"])) for entry in entries})
             raise ValueError(
                 f"no series is left in the {name} part: {having} of {len(units)} groups have one; use other"
                 f" data.fractions than {spec.fractions}, or another data.split_seed than {spec.split_seed}"
@@ -531,7 +532,7 @@ def _examples(forecasts: list[Forecast], test: list[DataEntry], errors: NDArray[
                 "kind": kind,
                 "MAE": _finite(errors[number]),
                 "item_id": str(forecast.item_id),
-                "start": str(forecast.start_date),
+                "start": str(first_stamp(forecast.start_date, calendar_of(entry))),
                 "freq": start.freqstr,
                 "history": [_finite(value) for value in target[max(0, at - 2 * steps) : at]],
                 "label": [_finite(value) for value in target[at : at + steps]],

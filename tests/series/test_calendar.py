@@ -11,17 +11,17 @@ import pyarrow as pa
 import pyarrow.feather
 import pytest
 from gluonts.dataset.pandas import PandasDataset
-from gluonts.model.forecast import SampleForecast
 
-from gluonts_peft.series.calendar import Calendar, Stamps, calendar_of, dated, period_freq, stamps_of, with_calendar
-from gluonts_peft.series.table import read_dataset, write_forecasts
+from gluonts_peft.series.calendar import calendar_of, dated, period_freq, stamps_of
+from gluonts_peft.series.table import read_dataset
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*BDay.*:FutureWarning", "ignore:.*drop timezone.*:UserWarning", "ignore:.*is deprecated.*:FutureWarning"
 )
 
-CLOCK = "D 2D B W-SUN W-WED MS ME 2MS 2ME BMS BME QS QE QS-FEB QE-NOV BQE YS YE YE-JUN".split()
-ABSOLUTE = "30s min 5min 15min h 2h 6h".split()
+CLOCK = ["D", "2D", "B", "W-SUN", "W-WED", "MS", "ME", "2MS", "2ME", "BMS", "BME"]
+CLOCK += ["QS", "QE", "QS-FEB", "QE-NOV", "BQE", "YS", "YE", "YE-JUN"]
+ABSOLUTE = ["30s", "min", "5min", "15min", "h", "2h", "6h"]
 ZONES = [
     None,
     "UTC",
@@ -33,6 +33,7 @@ ZONES = [
     "Asia/Kathmandu",
     "-04:30",
 ]
+CHANGING = ["Europe/Berlin", "America/New_York", "Australia/Lord_Howe"]
 PHASES = ["0min", "12h", "17min", "23h59min"]
 STEPS, HORIZON = 40, 5
 READERS = ("csv", "parquet", "arrow", "index", "gluonts", "pandas")
@@ -80,12 +81,12 @@ def read(folder, reader, series, freq=None):
         (folder / "set").mkdir()
         (folder / "set" / "data.json").write_text("\n".join(map(json.dumps, lines)))
         return read_dataset(folder / "set", freq=freq)
-    frames = {name: pd.DataFrame({"target": np.arange(len(times)) / 7}, index=times) for name, times, _ in series}
+    frames = {name: pd.DataFrame({"target": np.arange(len(at)) / 7}, index=at) for name, at, _ in series}
     return list(dated(PandasDataset(frames, freq=period_freq(freq))))
 
 
 def known(reader, times, freq):
-    """Stamps as a reader can know them: text has offsets, not the name of a zone, and a GluonTS file has only starts."""
+    """Stamps as a reader can know them: text has offsets, not the name of a zone, and a GluonTS file starts."""
     if reader == "gluonts":
         return list(pd.date_range(pd.Timestamp(str(times[0])), periods=len(times), freq=freq))
     return [pd.Timestamp(str(time)) for time in times] if reader == "csv" else list(times)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -365,7 +364,8 @@ def test_an_accidental_step_is_no_frequency(tmp_path):
     path = write(tmp_path, rows("a", ["2024-01-01 00:00:00", "2024-01-01 00:00:01", "2024-01-02 07:11:13"]))
     with fails(
         "the frequency cannot be inferred: at the smallest difference, 's', only 0.00% of the points of item 'a' and "
-        "the others would be observed; the time stamps suggest about '12h'; give freq= (command line: --freq), or resample"
+        "the others would be observed; the time stamps suggest about '12h'; give freq= (command line: --freq), or "
+        "resample"
     ):
         read_dataset(path)
 
