@@ -182,15 +182,18 @@ _WIDTHS = re.compile(r"(d_model|d_ff|d_kv|n_head|n_embd_per_head|num_heads|num_a
 _LENGTHS = re.compile(r"(\w+_)?(length|seq_len|patch_len|patch_size|horizon|vocab_size|n_tokens|max_distance|patches)")
 # What is allocated by a length that no tensor has: more steps than any model sees.
 _LONGEST = 1 << 20
+# A width that no network runs out of memory by.
+_HARMLESS = 1 << 13
 
 
 def _too_large(config: Mapping[str, Any], shapes: list[tuple[int, ...]]) -> str | None:
     """Say which size in a configuration cannot be that of the weights: building by it could take all memory."""
-    # Some networks are built by a multiple of what is in the file, and say better what does not fit.
-    widest = 4 * max((side for shape in shapes for side in shape), default=0)
+    # Some networks are built by a multiple of what is in the file, or do not use a width that they name; and they say
+    # better what does not fit.
+    side = max((side for shape in shapes for side in shape), default=0)
     limits = (
         (_LAYERS, len(shapes), f"there are {len(shapes)} tensors"),
-        (_WIDTHS, widest, f"no tensor has a side above {widest // 4:,}"),
+        (_WIDTHS, max(4 * side, _HARMLESS), f"no tensor has a side above {side:,}"),
         (_LENGTHS, _LONGEST, f"at most {_LONGEST:,} is possible"),
     )
     for name, value in _sizes(config):
