@@ -261,7 +261,7 @@ def score(
     if stride is not None and stride <= 0:
         raise ValueError(f"stride {stride} is not positive")
     entries = list(dated(dataset))
-    store = SeriesStore.from_dataset(entries, features="covariates" in backbone.capabilities)
+    store = SeriesStore.from_dataset(entries, features="covariates" in backbone.capabilities, exact=True)
     scales = np.array([_scale(store, i) for i in range(len(store))])
     errors, counts = METHODS[method](backbone, store, scales, stride, batch_size, progress, **options)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -312,6 +312,7 @@ def _passes(
     block: int,
 ) -> tuple[Floats, Floats]:
     from .imputation import batches, gather, reconstruct, require_reconstruct
+    from .units import refuse_nonfinite
 
     require_reconstruct(backbone)
     width = min(backbone.context_length, int(store.lengths.max()))
@@ -331,6 +332,8 @@ def _passes(
         # A window whose every observed point would be hidden cannot say anything of them.
         judged = hidden & (observed * ~hidden).any(1, keepdims=True) if masks > 1 else observed > 0
         found = reconstruct(backbone, values, observed * ~hidden)
+        names = [store.item_ids[i] for i in series[window]]
+        refuse_nonfinite(found, names.__getitem__, "reconstruction")
         error = np.abs(found - values) / scales[series[window], None]
         steps = (store.offsets[series[window]] + flat[window])[:, None] + np.arange(-width, 0)
         np.add.at(errors, steps[judged], error[judged])
@@ -367,6 +370,7 @@ def _forecasts(
 
     from .imputation import batches, folded
     from .training import to_device
+    from .units import refuse_nonfinite
 
     horizon = backbone.prediction_length
     stride = horizon if stride is None else stride
@@ -397,6 +401,8 @@ def _forecasts(
         past = {name: value for name, value in batch.items() if not name.startswith("future_")}
         with backbone.inference(), folded(backbone):
             result = backbone.forecast(to_device(past, backbone.device), num_samples=num_samples, generator=generator)
+        names = [store.item_ids[i] for i in series[rows]]
+        refuse_nonfinite(result.values.cpu().numpy(), names.__getitem__, "forecast")
         low, middle, high = _quantiles(result, (quantiles[0], 0.5, quantiles[1]))
         least_spread = LEAST_SPREAD * scales[series[rows], None]
         error = distance(batch["future_target"].astype(float), low, middle, high, least_spread)
@@ -767,13 +773,14 @@ def _tiles(first: int, last: int, stride: int) -> Integers:
     return np.unique(np.append(np.arange(first, last, stride), last)).astype(np.int64)
 
 
-def _targets(store: SeriesStore) -> NDArray[np.float32]:
+def _targets(store: SeriesStore) -> NDArray[np.floating[Any]]:
     return store.values if store.layout.plain else store.values[:, 0]
 
 
 def _scale(store: SeriesStore, i: int) -> float:
     """Standard deviation of a series; an error where there is none."""
-    own = _targets(store)[store.offsets[i] : store.offsets[i + 1]].astype(float)
+    steps = store.take(np.arange(store.offsets[i], store.offsets[i + 1])).astype(float)
+    own = steps if store.layout.plain else steps[:, 0]
     own = own[~np.isnan(own)]
     if not len(own):
         raise ValueError(f"series {store.item_ids[i]!r} has no observed value: there is nothing to score; leave it out")

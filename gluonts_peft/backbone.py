@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, CheckpointError, fingerprint, parse, resolve
+from .checkpoint import Checkpoint, CheckpointError, check_finite, fingerprint, parse, resolve
+from .units import wrap_methods
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,8 +72,8 @@ class Trajectories:
     Parameters
     ----------
     values
-        Shape ``(batch, n, prediction_length)``, float32: ``n`` quantiles or ``n`` sample paths; of multivariate
-        targets ``(batch, n, prediction_length, dimensions)``.
+        Shape ``(batch, n, prediction_length)``: ``n`` quantiles or ``n`` sample paths; of multivariate targets
+        ``(batch, n, prediction_length, dimensions)``. float32, or float64 where that cannot hold them.
     levels
         Quantile levels of axis 1, or None for sample paths.
     """
@@ -130,7 +131,9 @@ def _aligned(network: nn.Module) -> nn.Module:
 
 def _load(backbone: type[Backbone], folder: Path) -> nn.Module:
     try:
-        return _aligned(backbone.load_network(folder))
+        network = _aligned(backbone.load_network(folder))
+        check_finite(network, folder)
+        return network
     except (CheckpointError, ImportError, OSError):
         raise
     except Exception as error:
@@ -146,6 +149,11 @@ class Backbone(nn.Module, ABC):
 
     Subclasses set the class attributes, build ``network`` in ``__init__`` and implement :meth:`load_network`,
     :meth:`sites`, :meth:`loss`, :meth:`forecast` and :meth:`export`.
+
+    Numbers that float32 or a network's own constants would spoil never reach a family: :meth:`loss`, :meth:`forecast`,
+    :meth:`features` and :meth:`reconstruct` of every subclass are wrapped, see :mod:`gluonts_peft.units`. A family
+    writes them for float32 batches of ordinary numbers; who calls them may give float64, of any scale and level, and
+    gets forecasts and reconstructions in the units of the data, float64 where float32 cannot hold them.
 
     Batches are mappings of GluonTS names to float32 tensors: ``past_target`` and ``past_observed_values`` of shape
     ``(batch, past)`` with ``past <= past_length``, and for training ``future_target`` and ``future_observed_values``
@@ -164,6 +172,14 @@ class Backbone(nn.Module, ABC):
         The pretrained module that adapters rewrite.
     capabilities
         What the family can do: a subset of :data:`CAPABILITIES`.
+    equivariance
+        What forecasts follow when a window is scaled or shifted, one of :data:`gluonts_peft.units.EQUIVARIANCE`; it
+        says which windows are ordinary.
+    batch_dtype
+        Type of the values in batches: float64 for families that put them into bins, where a rounding is a step.
+    density
+        Whether the loss is minus a log density of the values, so that ``log(s)`` is added to it where data are scaled
+        by ``s``. Any other loss is free of units.
     impossible
         Adapter name -> reason, for adapters that have no place to attach to in this family.
     untrained
@@ -186,6 +202,9 @@ class Backbone(nn.Module, ABC):
 
     family: ClassVar[str]
     capabilities: ClassVar[frozenset[str]] = frozenset()
+    equivariance: ClassVar[str] = "none"
+    density: ClassVar[bool] = False
+    batch_dtype: ClassVar[torch.dtype] = torch.float32
     impossible: ClassVar[Mapping[str, str]] = {}
     untrained: tuple[str, ...] = ()
     time_features: tuple[str, ...] = ()
@@ -193,6 +212,10 @@ class Backbone(nn.Module, ABC):
     place: Path | None = None
 
     network: nn.Module
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        wrap_methods(cls, Backbone)
 
     def __init__(
         self, network: nn.Module, *, prediction_length: int, context_length: int, source: Source, **options: Any

@@ -25,8 +25,10 @@ from .files import check_regular, load_json
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "check_finite",
     "check_whole",
     "fingerprint",
+    "first_nonfinite",
     "parse",
     "read_config",
     "resolve",
@@ -250,6 +252,36 @@ def _shapes(path: Path) -> list[tuple[int, ...]]:
             return [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{str(path)!r} is truncated or damaged: {error}; fetch it again") from error
+
+
+def first_nonfinite(tensors: Mapping[str, Any]) -> str | None:
+    """Return the name of the first torch tensor that holds NaN or an infinity, if any does."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
+            return name
+    return None
+
+
+def check_finite(network: Any, folder: Path) -> None:
+    """Refuse a network that was read from a checkpoint folder if its weights are not all finite.
+
+    Raises
+    ------
+    CheckpointError
+        That names the file and the tensor.
+    """
+    if (name := first_nonfinite(network.state_dict())) is None:
+        return
+    files = sorted(folder.glob("model*.safetensors")) or [folder]
+    place = files[0] if len(files) == 1 else next((path for path in files if name in _names(path)), folder)
+    raise CheckpointError(f"{str(place)!r}: tensor {name!r} holds NaN or infinite numbers; fetch or train it again")
+
+
+def _names(path: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return set(file.keys())
 
 
 def fingerprint(folder: Path) -> str:

@@ -34,6 +34,7 @@ from .adapters.base import Adapter, AdapterError, copy_into
 from .adapters.selective import head as own_head
 from .backbone import Trajectories
 from .registry import unknown
+from .units import to_units
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -272,7 +273,8 @@ def forecast_error(backbone: Backbone, batches: Sequence[Mapping[str, Any]], lev
     generator = torch.Generator(device=backbone.device).manual_seed(0)
     with backbone.inference():
         for arrays in batches:
-            batch = {name: torch.as_tensor(value).to(backbone.device) for name, value in arrays.items()}
+            tensors = {name: torch.as_tensor(value).to(backbone.device) for name, value in arrays.items()}
+            batch, _ = to_units(tensors, getattr(backbone, "equivariance", "none"))
             past = {name: value for name, value in batch.items() if not name.startswith("future_")}
             found = _at_levels(backbone.forecast(past, generator=generator), levels)
             losses = _quantile_loss(found, levels, batch)

@@ -28,6 +28,7 @@ from .registry import adapter_names, get_adapter, unknown
 from .series.calendar import calendar_of, dated, stamp_table
 from .series.writing import repeated, writable, write_columns
 from .training import fit, to_device
+from .units import refuse_nonfinite, to_units
 from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ __all__ = ["Reconstruction", "impute", "reconstruction_loss", "train_reconstruct
 
 logger = logging.getLogger(__name__)
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
 
 UNFILLABLE = ("raise", "keep")
@@ -79,6 +80,7 @@ def reconstruction_loss(
     require_reconstruct(backbone)
     if not 0.0 < mask_ratio < 1.0:
         raise ValueError(f"mask_ratio {mask_ratio} is not a share between 0 and 1")
+    batch, _ = to_units(batch, backbone.equivariance)
     target, observed = batch["past_target"], batch["past_observed_values"]
     patch, length = backbone.patch_length, target.shape[1]
     padded = torch.nn.functional.pad(observed, (-length % patch, 0)).reshape(len(observed), -1, patch)
@@ -255,7 +257,7 @@ def impute(
             f"max_gap {longest} is not between 1 and {context - 2 * patch}, the context_length less two patches"
         )
     entries = list(dated(dataset))
-    store = SeriesStore.from_dataset(entries)
+    store = SeriesStore.from_dataset(entries, exact=True)
     plan: list[tuple[int, int, int]] = []
     kept: list[str] = []
     wanted = np.isnan(store.values)
@@ -287,12 +289,17 @@ def impute(
     for rows in batches(len(plan), batch_size, "impute", progress):
         values, observed = gather(store, series[rows], last[rows], width)
         found = reconstruct(backbone, values, observed)
+        decimals = _decimals(values, observed)
         for row, window in zip(range(rows.start, rows.stop), found, strict=True):
             target, first = filled[series[row]], last[row] - width
             steps = np.arange(begins[row], ends[row])
             steps = steps[wanted[store.offsets[series[row]] + steps]]
             # By way of their shortest decimals, that float64 does not show digits which nobody computed.
-            target[steps] = window[steps - first].astype(str).astype(target.dtype)
+            shown = window[steps - first]
+            shown = shown.astype(str) if shown.dtype == np.float32 else np.round(shown, decimals[row - rows.start])
+            with np.errstate(over="ignore"):
+                target[steps] = shown.astype(target.dtype)
+            refuse_nonfinite(target[steps][None], lambda _, i=series[row]: store.item_ids[i], "reconstruction")  # type: ignore[misc]
     return [{**entry, "target": target} for entry, target in zip(entries, filled, strict=True)]
 
 
@@ -367,17 +374,24 @@ def gather(store: SeriesStore, series: Integers, ends: Integers, width: int) -> 
     lie before the start, and 1 where they were, both of shape ``(batch, width)``.
     """
     index = (store.offsets[series] + ends)[:, None] + np.arange(-width, 0)
-    values = store.values.take(index, mode="clip")
+    values = store.take(index)
     observed = (index >= store.offsets[series][:, None]) & ~np.isnan(values)
-    return np.where(observed, values, np.float32(0.0)), observed.astype(np.float32)
+    return np.where(observed, values, values.dtype.type(0)), observed.astype(np.float32)
 
 
 def reconstruct(backbone: Backbone, values: Floats, shown: Floats) -> Floats:
     """Return the windows as the network sees them, from what is shown of them, shape ``(batch, time)``."""
     with backbone.inference(), folded(backbone):
         batch = to_device({"past_target": values * shown, "past_observed_values": shown}, backbone.device)
-        found: Floats = backbone.reconstruct(batch).float().cpu().numpy()
+        found: Floats = backbone.reconstruct(batch).cpu().numpy()
     return found
+
+
+def _decimals(values: Floats, observed: Floats) -> list[int]:
+    """Return the decimal places that a network's float32 tells apart in each window."""
+    high, low = np.where(observed > 0, values, -np.inf).max(1), np.where(observed > 0, values, np.inf).min(1)
+    spread = (high - low).astype(np.float64)
+    return [7 - math.ceil(math.log10(each)) if each > 0 else 7 for each in spread.tolist()]
 
 
 def folded(backbone: Backbone) -> Any:

@@ -16,15 +16,17 @@ import torch
 from gluonts.dataset.common import Dataset
 from gluonts.model.forecast import Forecast, QuantileForecast, SampleForecast
 from gluonts.model.predictor import Predictor
+from numpy.typing import NDArray
 
 from . import __version__
 from .adapters.base import AdapterError, load_adapter, versions
-from .backbone import Backbone, Source, Trajectories
+from .backbone import Backbone, Source
 from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
 from .registry import families, get_adapter
 from .series.calendar import dated
 from .training import Fit, Gate, resolve_device, to_device
+from .units import refuse_nonfinite
 from .windows import context_batches
 
 __all__ = ["PeftPredictor", "PredictorError"]
@@ -110,7 +112,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If a series has no observed value in its context, or infinities; the message names it.
+            If a series has no observed value in its context, or infinities, or its forecast is not finite; the message
+            names it.
         """
         backbone = self.backbone
         generator = torch.Generator(device=backbone.device).manual_seed(self.seed)
@@ -123,12 +126,13 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             features="covariates" in backbone.capabilities,
             multivariate="multivariate" in backbone.capabilities,
             time_features=backbone.time_features,
+            exact=True,
         )
         position = 0
         for entries, batch in batches:
-            for offset, entry in enumerate(entries):
-                if not batch["past_observed_values"][offset].any():
-                    name = entry.get("item_id", f"at position {position + offset}")
+            names = [entry.get("item_id", f"at position {position + i}") for i, entry in enumerate(entries)]
+            for name, observed in zip(names, batch["past_observed_values"], strict=True):
+                if not observed.any():
                     raise ValueError(
                         f"series {name!r} has no observed value in its last {backbone.past_length} steps: there is"
                         " nothing to forecast from; leave it out"
@@ -142,7 +146,10 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 else:
                     with fused():
                         result = backbone.forecast(tensors, num_samples=num_samples, generator=generator)
-            yield from _forecasts(entries, result, self.prediction_length)
+            found = result.values[:, :, : self.prediction_length].cpu()
+            values = (found if found.dtype == torch.float64 else found.float()).numpy()
+            refuse_nonfinite(values, names.__getitem__, "forecast")
+            yield from _forecasts(entries, values, result.levels)
 
     def shorten(self, prediction_length: int) -> PeftPredictor:
         """Return a predictor of the same model that hands over the first steps of each forecast.
@@ -467,8 +474,9 @@ def _text(value: Any, name: str) -> str:
     return value
 
 
-def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories, prediction_length: int) -> Iterator[Forecast]:
-    values = result.values[:, :, :prediction_length].float().cpu().numpy()
+def _forecasts(
+    entries: list[Mapping[str, Any]], values: NDArray[Any], levels: tuple[float, ...] | None
+) -> Iterator[Forecast]:
     first: QuantileForecast | None = None
     for entry, own in zip(entries, values, strict=True):
         common = {
@@ -476,11 +484,11 @@ def _forecasts(entries: list[Mapping[str, Any]], result: Trajectories, predictio
             "item_id": entry.get("item_id"),
             "info": entry.get("info"),
         }
-        if result.levels is None:
+        if levels is None:
             yield SampleForecast(samples=own, **common)
         elif first is None:
             # GluonTS finds a level only under the spelling str(float).
-            first = QuantileForecast(own, forecast_keys=[str(level) for level in result.levels], **common)
+            first = QuantileForecast(own, forecast_keys=[str(level) for level in levels], **common)
             yield first
         else:
             # The constructor parses every level anew, at the cost of a small network's forecast.

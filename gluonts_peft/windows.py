@@ -5,6 +5,9 @@ folder is named, so that data larger than memory costs no memory. A `Windows` pl
 a batch with a single gather. A window is a pair (series, cut): the context is ``[cut - context_length, cut)``, the
 label is ``[cut, cut + prediction_length)``. For prediction, `context_batches` walks over a dataset lazily.
 
+Numbers are float32 for as long as that holds them. Series whose changes float32 would swallow, such as a counter of
+seconds, keep what it drops in a second array, and their batches are float64.
+
 Missing values are NaN in a dataset and in a store; in a batch they are 0 with an observed value of 0, and so is the
 padding on the left of a context that reaches back beyond the start of its series.
 
@@ -19,7 +22,8 @@ import io
 import json
 import operator
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,17 +35,22 @@ from .files import write_atomically
 
 __all__ = ["FEATURES", "LastWindows", "Layout", "SeriesStore", "Skipped", "Windows", "context_batches"]
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
 Batch = dict[str, Floats]
 
 FEATURES = {"feat_dynamic_real": True, "past_feat_dynamic_real": False}
 """GluonTS fields that hold dynamic features, and whether they are known in the future too."""
 
-_FORMAT = 2
-_VALUES, _OFFSETS, _EDGES, _INDEX = "values.bin", "offsets.npy", "edges.npy", "series.json"
+# Stores with a rest have a format of their own, so that versions without one refuse them.
+_FORMAT, _WITH_REST = 2, 3
+_VALUES, _REST, _OFFSETS, _EDGES, _INDEX = "values.bin", "rest.bin", "offsets.npy", "edges.npy", "series.json"
 # Elements gathered at once where the caller sets no batch size: a few MiB of indices.
 _CHUNK = 1 << 18
+# Share of a change from step to step beyond which the rounding of float32 counts, and changes that are judged together.
+_ROUNDED, _TOGETHER = 2.0**-12, 32
+# Series without a larger number than this would lose digits in float32.
+_SMALLEST = 2.0**-100
 # Windows tried for one batch before gaps are taken to leave none: under a second.
 _MAX_DRAWS = 1 << 20
 
@@ -93,6 +102,8 @@ class SeriesStore:
     ----------
     values : ndarray, float32, shape (total steps,) or (total steps, columns)
         All series one after another, read-only, NaN where missing; backed by a `numpy.memmap` if there is a folder.
+    rest : ndarray, float32, or None
+        What float32 drops of `values`, of the same shape; None where nothing of account is dropped.
     layout : Layout
         What the columns are; a plain one for the flat array.
     offsets : ndarray, int64, shape (series + 1,)
@@ -136,8 +147,10 @@ class SeriesStore:
         starts: list[str | None],
         freq: str | None,
         folder: Path | None = None,
+        rest: Floats | None = None,
     ) -> None:
         self.values = values
+        self.rest = rest
         self.offsets = offsets
         self.edges = edges
         self.missing = missing
@@ -158,6 +171,7 @@ class SeriesStore:
         features: bool = False,
         multivariate: bool = False,
         max_memory: int = 1 << 30,
+        exact: bool = False,
     ) -> SeriesStore:
         """Read a dataset once, from its first entry to its last, and keep its targets.
 
@@ -165,7 +179,8 @@ class SeriesStore:
         ----------
         dataset : iterable of mappings
             GluonTS entries: ``target`` of shape (steps,), numbers with NaN for missing; ``item_id`` and ``start``
-            are kept for reports and may be absent. Targets of any real type are stored as float32.
+            are kept for reports and may be absent. Targets of any real type are stored as float32, with what that
+            drops of the series if their changes from step to step would suffer, see `exact`.
         folder : path, optional
             Where to write the store, made if need be. One series at a time is in memory. Without it the store is in
             memory and nothing is written.
@@ -176,6 +191,8 @@ class SeriesStore:
             Take targets of shape (dimensions, steps) too.
         max_memory : int
             Most bytes of values that a store without a folder may take.
+        exact : bool
+            Keep what float32 drops of any value, however little.
 
         Raises
         ------
@@ -185,15 +202,18 @@ class SeriesStore:
             An entry is not a mapping, or its target is not numbers.
         ValueError
             The dataset is empty or without values, does not fit into `max_memory`, or an entry has no target, a
-            target of another shape, or one that is infinite as float32; features too. The message names the entry.
+            target of another shape, or one that is infinite, or all but zero, as float32; features too. The message
+            names the entry.
         """
         if folder is None:
             limit = _integer("max_memory", max_memory, 1)
-            sink = io.BytesIO()
-            index = _write_series(dataset, sink, limit, features, multivariate)
-            values = np.frombuffer(sink.getbuffer(), np.float32)
-            values.flags.writeable = False
-            return cls(_shaped(values, index["layout"]), **index)
+            sink, rest = io.BytesIO(), io.BytesIO()
+            index = _write_series(dataset, sink, lambda: rest, limit, features, multivariate, exact)
+            arrays = [np.frombuffer(part.getbuffer(), np.float32) for part in (sink, rest)]
+            for array_ in arrays:
+                array_.flags.writeable = False
+            values, left = (_shaped(array_, index["layout"]) for array_ in arrays)
+            return cls(values, **index, rest=left if len(left) else None)
         folder = Path(folder)
         if (folder / _INDEX).exists():
             raise FileExistsError(
@@ -201,19 +221,25 @@ class SeriesStore:
                 "or name another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _VALUES
+        path, second = folder / _VALUES, folder / _REST
+        second.unlink(missing_ok=True)
         try:
-            with path.open("wb") as file:
-                index = _write_series(dataset, file, None, features, multivariate)
+            with ExitStack() as files:
+                file = files.enter_context(path.open("wb"))
+                index = _write_series(
+                    dataset, file, lambda: files.enter_context(second.open("wb")), None, features, multivariate, exact
+                )
         except BaseException:
             path.unlink(missing_ok=True)
+            second.unlink(missing_ok=True)
             raise
+        found = _WITH_REST if second.exists() else _FORMAT
         np.save(folder / _OFFSETS, index.pop("offsets"))
         np.save(folder / _EDGES, index.pop("edges"))
         index["ordinals"] = index["ordinals"].tolist()
         index["layout"] = asdict(index["layout"])
         # The index comes last and at once, so a folder that has it is complete.
-        write_atomically(folder / _INDEX, json.dumps({"format": _FORMAT, **index}))
+        write_atomically(folder / _INDEX, json.dumps({"format": found, **index}))
         return cls.open(folder)
 
     @classmethod
@@ -233,7 +259,7 @@ class SeriesStore:
             raise FileNotFoundError(f"folder '{folder}' holds no complete series store, {_INDEX} is missing: {again}")
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         found = index.pop("format", None)
-        if found != _FORMAT:
+        if found not in (_FORMAT, _WITH_REST):
             raise ValueError(f"series store '{folder}' has format {found}, this version reads {_FORMAT}: {again}")
         offsets = np.load(folder / _OFFSETS, allow_pickle=False)
         edges = np.load(folder / _EDGES, allow_pickle=False)
@@ -246,14 +272,16 @@ class SeriesStore:
         features = tuple((str(name), int(width)) for name, width in index["layout"]["features"])
         layout = index["layout"] = Layout(index["layout"]["dimensions"], features)
         index["ordinals"] = np.array(index["ordinals"], np.int64)
-        size, expected = (folder / _VALUES).stat().st_size, 4 * int(offsets[-1]) * layout.width
-        if size != expected:
-            raise ValueError(
-                f"series store '{folder}' is damaged, {_VALUES} has {size} bytes instead of {expected}: {again}"
-            )
-        # A plain view of the map: numpy's own subclass makes each small operation slower.
-        values = np.asarray(np.memmap(folder / _VALUES, np.float32, mode="r"))
-        return cls(_shaped(values, layout), offsets, edges, folder=folder, **index)
+        expected, arrays = 4 * int(offsets[-1]) * layout.width, []
+        for name in (_VALUES, _REST) if found == _WITH_REST else (_VALUES,):
+            size = (folder / name).stat().st_size
+            if size != expected:
+                raise ValueError(
+                    f"series store '{folder}' is damaged, {name} has {size} bytes instead of {expected}: {again}"
+                )
+            # A plain view of the map: numpy's own subclass makes each small operation slower.
+            arrays.append(_shaped(np.asarray(np.memmap(folder / name, np.float32, mode="r")), layout))
+        return cls(arrays[0], offsets, edges, folder=folder, rest=arrays[1] if len(arrays) > 1 else None, **index)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -293,6 +321,13 @@ class SeriesStore:
             raise IndexError(f"series {i} does not exist: the store holds series 0 to {len(self) - 1}")
         return self.values[self.offsets[i] : self.offsets[i + 1]]
 
+    def take(self, index: Integers) -> Floats:
+        """Steps at some positions of the flat array, clipped to it, of shape (..., ) or (..., columns): a new array,
+        float64 if there is a rest, else float32.
+        """
+        values: Floats = self.values.take(index, axis=0, mode="clip")
+        return values if self.rest is None else values.astype(np.float64) + self.rest.take(index, axis=0, mode="clip")
+
     def fingerprint(self) -> str:
         """SHA-256 of offsets, layout and values as hexadecimal text; names and starts do not count, nor the place.
 
@@ -304,6 +339,8 @@ class SeriesStore:
                 digest.update(json.dumps(asdict(self.layout)).encode())
             for begin in range(0, len(self.values), 1 << 20):
                 digest.update(np.ascontiguousarray(self.values[begin : begin + (1 << 20)], "<f4").data)
+            for begin in range(0, 0 if self.rest is None else len(self.rest), 1 << 20):
+                digest.update(np.ascontiguousarray(self.rest[begin : begin + (1 << 20)], "<f4").data)  # type: ignore[index]
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
@@ -459,7 +496,7 @@ class Windows:
 
         Returns
         -------
-        dict of ndarray, float32
+        dict of ndarray, float32, or float64 for values of a store with a rest
             ``past_target`` and ``past_observed_values`` of shape (B, C), ``future_target`` and
             ``future_observed_values`` of shape (B, H), or with D dimensions (B, C, D) and (B, H, D); missing values
             and padding are 0, with observed value 0. With features also ``feat_dynamic_real`` and
@@ -643,7 +680,7 @@ class Windows:
         begins = self.store.offsets[series]
         index = (begins + cuts)[:, None] + self._steps
         # Out of bounds happens only before the first series, and is padding.
-        values = self.store.values.take(index, axis=0, mode="clip")
+        values = self.store.take(index)
         observed = index >= begins[:, None]
         if values.ndim == 3:
             observed = np.repeat(observed[:, :, None], values.shape[2], axis=2)
@@ -739,6 +776,7 @@ def context_batches(
     features: bool = False,
     multivariate: bool = False,
     time_features: Sequence[str] = (),
+    exact: bool = False,
 ) -> Iterator[tuple[list[Mapping[str, Any]], Batch]]:
     """The ends of all series of a dataset, in batches and in order, for prediction.
 
@@ -758,12 +796,14 @@ def context_batches(
         As for `SeriesStore.from_dataset`; ``feat_dynamic_real`` must reach `prediction_length` steps beyond the target.
     time_features : sequence of str
         As for `Windows`.
+    exact : bool
+        Whether values are float64 wherever float32 does not hold one exactly, and not only where that is of account.
 
     Yields
     ------
     entries : list of mappings
         The entries themselves, B of them.
-    batch : dict of ndarray, float32
+    batch : dict of ndarray, float32, or float64 where that cannot hold the values
         ``past_target`` and ``past_observed_values`` of shape (B, width), where the width is that of the longest
         context of the batch, at least 1 and at most `context_length`; shorter ones are padded on the left. Missing
         values and padding are 0, with observed value 0. Features and time features are as in
@@ -807,7 +847,7 @@ def context_batches(
         for position, entry in enumerate(dataset):
             if position == 0 and (features or multivariate):
                 layout = Layout.of(entry, features=features, multivariate=multivariate)
-            rows = _rows(entry, position, layout, horizon)
+            rows = _rows(entry, position, layout, horizon, exact)
             lengths.append(len(rows) - (0 if layout.plain else horizon))
             contexts.append(rows[max(lengths[-1] - context_length, 0) :])
             entries.append(entry)
@@ -825,7 +865,7 @@ def _pad_left(contexts: list[Floats], layout: Layout, horizon: int) -> Batch:
     future = 0 if layout.plain else horizon
     width = max(1, *(len(context) - future for context in contexts))
     shape = (len(contexts), width + future) + (() if layout.plain else (layout.width,))
-    values = np.full(shape, np.nan, np.float32)
+    values: Floats = np.full(shape, np.nan, np.result_type(*contexts))
     for row, context in zip(values, contexts, strict=True):
         row[len(row) - len(context) :] = context
     observed = ~np.isnan(values)
@@ -898,23 +938,36 @@ def _time_features_after(
 
 
 def _write_series(
-    dataset: Iterable[Mapping[str, Any]], sink: BinaryIO, max_memory: int | None, features: bool, multivariate: bool
+    dataset: Iterable[Mapping[str, Any]],
+    sink: BinaryIO,
+    open_rest: Callable[[], BinaryIO],
+    max_memory: int | None,
+    features: bool,
+    multivariate: bool,
+    exact: bool,
 ) -> dict[str, Any]:
-    """Append all series to `sink`; return what `SeriesStore` wants to know besides the values."""
+    """Append all series to `sink`, and what float32 drops of them, if anything, to the file that `open_rest` gives;
+    return what `SeriesStore` wants to know besides the values.
+    """
     layout = Layout()
     offsets, edges, ordinals = array("q", [0]), array("q"), array("q")
     item_ids: list[str] = []
     starts: list[str | None] = []
     freqs: set[str | None] = set()
     missing = 0
+    rest: BinaryIO | None = None
     for position, entry in enumerate(dataset):
         if position == 0 and (features or multivariate):
             layout = Layout.of(entry, features=features, multivariate=multivariate)
-        values = _rows(entry, position, layout)
+        whole = _rows(entry, position, layout, exact=exact)
+        values = whole.astype(np.float32, copy=False)
+        if rest is None and whole.dtype != np.float32:
+            rest = open_rest()
         total = offsets[-1] + len(values)
-        if max_memory is not None and total * layout.width * 4 > max_memory:
+        size = total * layout.width * (4 if rest is None else 8)
+        if max_memory is not None and size > max_memory:
             raise ValueError(
-                f"the first {position + 1} series of the dataset take {total * layout.width * 4} bytes, more than "
+                f"the first {position + 1} series of the dataset take {size} bytes, more than "
                 f"max_memory={max_memory}: name a folder, SeriesStore.from_dataset(dataset, folder), to keep them on "
                 "disk, or raise max_memory"
             )
@@ -925,6 +978,10 @@ def _write_series(
         first, last = (int(observed.argmax()), int(observed[::-1].argmax())) if count else (len(values), len(values))
         edges.extend((first, len(values) - 1 - last))
         sink.write(values.data)
+        if rest is not None:
+            # Zeros before the first series of which something is dropped.
+            rest.seek(offsets[-1] * layout.width * 4)
+            rest.write(np.nan_to_num(whole - values, copy=False).astype(np.float32).data)
         offsets.append(total)
         item_id, start = entry.get("item_id"), entry.get("start")
         item_ids.append(str(position if item_id is None else item_id))
@@ -947,25 +1004,27 @@ def _write_series(
     }
 
 
-def _rows(entry: Mapping[str, Any], position: int, layout: Layout, horizon: int = 0) -> Floats:
-    """The steps of an entry as a new float32 array of shape (steps,); (steps + horizon, columns) if not plain."""
+def _rows(entry: Mapping[str, Any], position: int, layout: Layout, horizon: int = 0, exact: bool = False) -> Floats:
+    """The steps of an entry as a new array of shape (steps,); (steps + horizon, columns) if not plain."""
     if layout.plain:
-        return _numbers(entry, position, "target", (1,))
-    target = _numbers(entry, position, "target", (1 if layout.dimensions is None else 2,))
+        return _numbers(entry, position, "target", (1,), exact)
+    target = _numbers(entry, position, "target", (1 if layout.dimensions is None else 2,), exact)
     steps = target.shape[-1]
-    rows = np.full((steps + horizon, layout.width), np.nan, np.float32)
-    rows[:steps, : layout.target] = _of_width(target, layout.target, entry, position, "target").T
-    begin = layout.target
+    columns = [_of_width(target, layout.target, entry, position, "target")]
     for name, width in layout.features:
-        values = _of_width(_numbers(entry, position, name, (1, 2)), width, entry, position, name)
+        values = _of_width(_numbers(entry, position, name, (1, 2), exact), width, entry, position, name)
         needed = steps + horizon if FEATURES[name] else steps
         if values.shape[1] < needed:
             raise ValueError(
                 f"{name} of {_called(entry, position)} has {values.shape[1]} steps, needed are {needed}: the target's"
                 f" {steps}" + (f" and the {horizon} to forecast" if horizon and FEATURES[name] else "")
             )
-        rows[:needed, begin : begin + width] = values[:, :needed].T
-        begin += width
+        columns.append(values[:, :needed])
+    rows: Floats = np.full((steps + horizon, layout.width), np.nan, np.result_type(*columns))
+    begin = 0
+    for values in columns:
+        rows[: values.shape[1], begin : begin + len(values)] = values.T
+        begin += len(values)
     return rows
 
 
@@ -988,8 +1047,10 @@ def _ndim(entry: Mapping[str, Any], name: str) -> int:
     return np.ndim(entry[name]) if isinstance(entry, Mapping) and name in entry else 1
 
 
-def _numbers(entry: Mapping[str, Any], position: int, field: str, ndims: tuple[int, ...]) -> Floats:
-    """A field of an entry as a new float32 array without infinities."""
+def _numbers(
+    entry: Mapping[str, Any], position: int, field: str, ndims: tuple[int, ...], exact: bool = False
+) -> Floats:
+    """A field of an entry as a new array without infinities: float32, or float64 where that cannot hold it."""
     if not isinstance(entry, Mapping):
         raise TypeError(f"entry {position} of the dataset is a {type(entry).__name__}: give a dict with a 'target'")
     name = _called(entry, position)
@@ -1013,8 +1074,8 @@ def _numbers(entry: Mapping[str, Any], position: int, field: str, ndims: tuple[i
         wrong = [value for value in raw.ravel().tolist() if not isinstance(value, (int, float))][:1]
         detail = f" with the value {wrong[0]!r}" if wrong else ""
         raise TypeError(f"{field} of {name} has type {raw.dtype}{detail}: give numbers, with NaN for missing values")
-    with np.errstate(over="ignore"):
-        values = raw.astype(np.float32)
+    with np.errstate(over="ignore", under="ignore"):
+        values: Floats = raw.astype(np.float32)
     infinite = np.isinf(values)
     if infinite.any():
         at = int(infinite.any(0).argmax() if raw.ndim == 2 else infinite.argmax())
@@ -1022,9 +1083,39 @@ def _numbers(entry: Mapping[str, Any], position: int, field: str, ndims: tuple[i
         if np.isinf(value):
             raise ValueError(f"{field} of {name} has the value {value} at step {at}: give NaN for missing values")
         raise ValueError(f"{field} of {name} has the value {value} at step {at}, too large for float32: rescale it")
+    if raw.dtype.kind != "b" and raw.dtype.itemsize >= 4 and raw.dtype != np.float32 and raw.size:
+        whole = raw.astype(np.float64)
+        largest = float(np.nanmax(np.abs(whole), initial=0.0))
+        if 0.0 < largest < _SMALLEST:
+            raise ValueError(
+                f"{field} of {name} has no value beyond {largest:g}, too small for float32: rescale it, or give zeros"
+            )
+        if _drops(whole, values, exact):
+            values = whole
     # One bit pattern for missing, or equal data could have unequal fingerprints.
     values[np.isnan(values)] = np.nan
     return values
+
+
+def _drops(whole: NDArray[np.float64], held: Floats, exact: bool) -> bool:
+    """Whether float32 drops anything of values of shape (steps,) or (rows, steps); unless it must be exact, only what
+    the changes from one observed step to the next suffer from.
+    """
+    differ = whole != held
+    if exact or not (differ & ~np.isnan(whole)).any():
+        return bool((differ & ~np.isnan(whole)).any())
+    for row in np.atleast_2d(whole):
+        known = row[~np.isnan(row)]
+        change, rounded = np.diff(known), np.diff(known.astype(np.float32).astype(np.float64))
+        moved = change != 0
+        share = np.abs(rounded[moved] / change[moved] - 1.0)
+        # The most of each stretch decide: one jump, or one change of next to nothing, says little.
+        cut = len(share) // _TOGETHER * _TOGETHER
+        medians = [*np.median(share[:cut].reshape(-1, _TOGETHER), 1)] if cut else []
+        medians += [np.median(share[cut:])] if cut < len(share) else []
+        if medians and max(medians) > _ROUNDED:
+            return True
+    return False
 
 
 def _integer(name: str, value: int, minimum: int) -> int:

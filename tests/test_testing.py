@@ -361,6 +361,24 @@ class ExportsOthers(Wrong, BoltBackbone):
         network.save_pretrained(folder)
 
 
+class UnknownEquivariance(Wrong, BoltBackbone):
+    equivariance = "shift"
+
+
+class AddsOne(WrongForecast):
+    def spoil(self, values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        return values + 1.0
+
+
+class ShiftsTokens(Wrong, T5Backbone):
+    equivariance = "affine"
+
+
+class LosesInUnits(Wrong, BoltBackbone):
+    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return super().loss(batch) * batch["past_target"].std(1)
+
+
 # The embedding of Bolt, ``shared.weight``, is one tensor under three names.
 WRONG_BACKBONES: list[tuple[type[Wrong], str, str]] = [
     (UnknownCapability, "declarations_are_known", "capability 'quantile' is unknown; did you mean 'quantiles'?"),
@@ -418,6 +436,10 @@ WRONG_BACKBONES: list[tuple[type[Wrong], str, str]] = [
     (Echo, "reconstruction_is_as_declared", "values that were not observed change the reconstruction"),
     (DeafToCovariates, "dynamic_features_are_used", "the loss does not depend on feat_dynamic_real"),
     (OneDimension, "multivariate_targets_are_taken", "loss of multivariate windows has shape (4, 3)"),
+    (UnknownEquivariance, "scale_and_shift_are_followed", "equivariance 'shift' is unknown; known: "),
+    (AddsOne, "scale_and_shift_are_followed", "the forecast of windows times 0.25"),
+    (ShiftsTokens, "scale_and_shift_are_followed", "with equivariance 'affine', the loss of windows times 1 and moved"),
+    (LosesInUnits, "scale_and_shift_are_followed", "the loss of windows times 0.25 and moved by 0 spreads is another"),
     (ExportsOthers, "exported_checkpoint_loads_again", "loads with other weights: 3 tensors (first: shared.weight)"),
 ]
 # Nothing but an adapter that goes its own way can break this one, and adapters have their own checks.

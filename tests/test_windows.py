@@ -286,6 +286,101 @@ def test_existing_store_is_not_overwritten(dataset, tmp_path):
     assert SeriesStore.open(tmp_path).fingerprint() == before
 
 
+COUNTER = 1.7e9 + 3.0 * np.arange(50)
+# Float32 holds the changes of the first kind, and those of the second only with a rest.
+HELD = {
+    "decimals": np.round(98.6 + np.sin(np.arange(80)), 1),
+    "walk": np.random.default_rng(0).standard_normal(5000).cumsum() + 300,
+    "jump": np.where(np.arange(80) < 40, 0.1, 1e9),
+    "constant": np.full(60, 0.1),
+    "gaps": np.where(np.arange(60) % 2, NAN, 1 + 0.1 * np.arange(60)),
+    "ordinal": np.arange(2**20, 2**20 + 50),
+    "empty": np.zeros(0),
+}
+DROPPED = {
+    "counter": COUNTER,
+    "integers": COUNTER.astype(np.int64),
+    "rare changes": 1.7e9 + 3.0 * (np.arange(400) // 20),
+    "slow": 1e4 + 1e-3 * np.sin(np.arange(200) / 9),
+    "after a jump": np.r_[np.zeros(20), 1e9 + np.sin(np.arange(60))],
+    "gaps": np.where(np.arange(50) % 3 == 1, NAN, COUNTER),
+}
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_float32_is_kept_where_it_holds_the_changes(kind):
+    store = SeriesStore.from_dataset([{"target": HELD[kind]}, {"target": [1.0]}])
+    assert store.rest is None
+    assert store.take(np.arange(2)).dtype == np.float32
+    exact = SeriesStore.from_dataset([{"target": HELD[kind]}, {"target": [1.0]}], exact=True)
+    np.testing.assert_allclose(exact.take(np.arange(len(HELD[kind]))), HELD[kind], rtol=1e-13)
+    differs = np.nan_to_num(HELD[kind]) != np.nan_to_num(HELD[kind].astype(np.float32))
+    assert (exact.rest is not None) == differs.any()
+
+
+@pytest.mark.parametrize("kind", DROPPED)
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_what_float32_drops_is_kept(kind, where, tmp_path):
+    plain = {"target": np.arange(7.0)}
+    dataset = [plain, {"target": DROPPED[kind]}, plain]
+    store = SeriesStore.from_dataset(dataset, tmp_path if where == "folder" else None)
+    for opened in (
+        store,
+        pickle.loads(pickle.dumps(store)),
+        SeriesStore.open(tmp_path) if where == "folder" else store,
+    ):
+        steps = np.arange(opened.offsets[1], opened.offsets[2])
+        # Two float32 hold 48 bits, float64 53.
+        np.testing.assert_allclose(opened.take(steps), DROPPED[kind], rtol=2.0**-48)
+        np.testing.assert_array_equal(opened.take(np.arange(7)), plain["target"])
+        assert opened.values.dtype == np.float32
+        windows = Windows(opened, context_length=20, prediction_length=4)
+        batch = windows.read([1], [30])
+        assert (batch["past_target"].dtype, batch["past_observed_values"].dtype) == (np.float64, np.float32)
+        seen = batch["past_observed_values"][0] > 0
+        np.testing.assert_allclose(batch["past_target"][0, seen], DROPPED[kind][10:30][seen], rtol=2.0**-48)
+    [(_, batch)] = context_batches(dataset, context_length=1000, batch_size=3)
+    assert batch["past_target"].dtype == np.float64
+    np.testing.assert_array_equal(
+        np.where(batch["past_observed_values"][1], batch["past_target"][1], NAN), DROPPED[kind]
+    )
+
+
+def test_fingerprint_counts_what_float32_drops_and_nothing_else():
+    low, high = ([{"target": COUNTER + extra}] for extra in (0.0, 1.0))
+    held = [{"target": HELD["decimals"]}]
+    assert SeriesStore.from_dataset(low).fingerprint() != SeriesStore.from_dataset(high).fingerprint()
+    as_float32 = [{"target": HELD["decimals"].astype(np.float32)}]
+    assert SeriesStore.from_dataset(held).fingerprint() == SeriesStore.from_dataset(as_float32).fingerprint()
+
+
+def test_rests_count_as_memory_and_damaged_ones_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="take 400 bytes"):
+        SeriesStore.from_dataset([{"target": COUNTER}], max_memory=399)
+    SeriesStore.from_dataset([{"target": COUNTER}], max_memory=400)
+    SeriesStore.from_dataset([{"target": COUNTER}], tmp_path)
+    (tmp_path / "rest.bin").write_bytes(bytes(8))
+    with pytest.raises(ValueError, match=r"damaged, rest\.bin has 8 bytes instead of 200"):
+        SeriesStore.open(tmp_path)
+
+
+def test_several_dimensions_and_features_keep_what_float32_drops():
+    entry = {"target": np.stack([np.arange(50.0), COUNTER]), "feat_dynamic_real": COUNTER[None] / 3}
+    store = SeriesStore.from_dataset([entry], features=True, multivariate=True)
+    batch = Windows(store, context_length=20, prediction_length=4).read([0], [30])
+    np.testing.assert_array_equal(batch["past_target"][0], entry["target"][:, 10:30].T)
+    np.testing.assert_allclose(batch["feat_dynamic_real"][0, :, 0], COUNTER[10:34] / 3, rtol=1e-15)
+
+
+@pytest.mark.parametrize("field", ["target", "feat_dynamic_real"])
+def test_numbers_too_small_for_float32_are_refused(field):
+    entry = {"target": np.ones(5), "feat_dynamic_real": np.ones((1, 5)), "item_id": "A"} | {
+        field: np.full((1, 5)[field == "target" :], 1e-35)
+    }
+    with pytest.raises(ValueError, match=f"{field} of item_id 'A' has no value beyond 1e-35, too small for float32"):
+        SeriesStore.from_dataset([entry], features=True)
+
+
 def test_half_written_folder_is_refused_and_can_be_written_again(dataset, tmp_path):
     script = (
         "import os, sys; from gluonts_peft.windows import SeriesStore\n"

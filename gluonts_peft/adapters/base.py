@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..checkpoint import save_tensors
+from ..checkpoint import first_nonfinite, save_tensors
 from ..files import NewerFormat, check_regular, load_json, opened, record, replacing, write_atomically
 from ..registry import get_adapter
 
@@ -283,7 +283,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises
     ------
     AdapterError
-        If it is missing, truncated or damaged.
+        If it is missing, truncated or damaged, or a tensor holds NaN or infinite numbers.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -295,6 +295,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{str(path)!r} does not exist; name the folder of a saved adapter") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{str(path)!r} is truncated or damaged: {error}") from error
+    if (name := first_nonfinite(tensors)) is not None:
+        raise AdapterError(f"{str(path)!r}: tensor {name!r} holds NaN or infinite numbers; fetch or train it again")
     return tensors
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.base import AdapterError
 from ..backbone import CAPABILITIES, SITES
 from ..checkpoint import CheckpointError
 from ..registry import adapters, get_adapter, unknown
+from ..units import EQUIVARIANCE
 from .cases import (
     BackboneCase,
     apart,
@@ -689,6 +691,51 @@ def multivariate_targets_are_taken(case: BackboneCase) -> None:
         tuple(values.shape) == shape and values.isfinite().all(),
         f"multivariate forecast has shape {tuple(values.shape)}, expected {shape}, or is not finite",
     )
+
+
+# Pairs of scale and shift, the shift in spreads of the window, whose answers must agree once they are undone.
+_ORDINARY, _FAR = (1.0, 0.0), (2.0**12, -1e6)
+_SCALED = [(_ORDINARY, (scale, 0.0)) for scale in (0.25, 2.0**-30, 2.0**40)]
+_MOVED = {
+    "affine": [*_SCALED, (_ORDINARY, (1.0, 30.0)), (_ORDINARY, (1.0, 1e9)), (_ORDINARY, (1e-9, -1e7))],
+    "scale": [*_SCALED, (_FAR, (1e-9, 1e9))],
+    "none": [(_FAR, (1e-9, 1e9)), (_FAR, (2.0**40, 3.0))],
+}
+
+
+@clause_of(BACKBONE_CHECKS)
+def scale_and_shift_are_followed(case: BackboneCase) -> None:
+    """Forecasts, losses and reconstructions follow a window that is scaled and shifted, as `equivariance` declares."""
+    base = case.base
+    require(base.equivariance in EQUIVARIANCE, unknown("equivariance", str(base.equivariance), EQUIVARIANCE))
+    batch = make_batch(base, missing=0.0)
+    spread = batch["past_target"].double().std(1, keepdim=True, correction=0)
+
+    def answers(scale: float, shift: float) -> Iterator[tuple[str, Tensor]]:
+        given = dict(batch)
+        for name in ("past_target", "future_target"):
+            given[name] = (scale * (batch[name].double() + shift * spread)) * batch[
+                name.replace("target", "observed_values")
+            ]
+        found = loss_of(base, given).double()
+        yield "loss", found - (math.log(scale) if base.density else 0.0)
+        if not base.untrained:
+            values = forecast_of(base, given).values.double()
+            yield "forecast", (values / scale / spread[:, None]) - shift
+        if "reconstruct" in base.capabilities:
+            with base.inference():
+                values = base.reconstruct({k: v for k, v in given.items() if k.startswith("past_")}).double()
+            yield "reconstruction", values / scale / spread - shift
+
+    for first, second in _MOVED[base.equivariance]:
+        for (what, expected), (_, found) in zip(answers(*first), answers(*second), strict=True):
+            require(
+                near(found, expected, 1e-3),
+                f"with equivariance {base.equivariance!r}, the {what} of windows times {second[0]:g} and moved by"
+                f" {second[1]:g} spreads is another than that of times {first[0]:g} and {first[1]:g}"
+                f" ({apart(found, expected)}, in spreads); divide by a scale of the history, set density = True if the"
+                " loss is minus a log density, or declare less",
+            )
 
 
 @clause_of(BACKBONE_CHECKS)

@@ -209,6 +209,8 @@ class _GluonTSBackbone(BaselineBackbone):
 class _PointBackbone(BaselineBackbone):
     """A network of neuralforecast: one value a step, the last value before for what is missing."""
 
+    equivariance = "affine"
+
     def _scaled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         inputs = self._inputs(batch)
         past, observed = inputs["past_target"], inputs["past_observed_values"]

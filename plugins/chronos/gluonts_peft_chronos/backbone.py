@@ -183,6 +183,7 @@ class BoltBackbone(ChronosBackbone):
     """Chronos-Bolt: patches in, quantiles of the whole horizon out."""
 
     capabilities = frozenset({"quantiles", "features"})
+    equivariance = "affine"
     ends = {"embedding": ("shared", "input_patch_embedding"), "head": ("output_patch_embedding",)}
 
     def __init__(self, network: nn.Module, **options: Any) -> None:
@@ -257,6 +258,10 @@ class T5Backbone(ChronosBackbone):
     """
 
     capabilities = frozenset({"samples"})
+    # Tokens are of values over their mean magnitude: in float32 another scale would round some of them to other tokens,
+    # and one other token makes other paths. What tokens become is the official float32.
+    equivariance = "scale"
+    batch_dtype = torch.float64
     # The table that embeds tokens is also the output layer: training the head trains both.
     ends = {"embedding": ("shared",), "head": ("lm_head",)}
     max_rows: ClassVar[int] = 4096
@@ -291,19 +296,19 @@ class T5Backbone(ChronosBackbone):
     def tokens(self, values: Tensor, observed: Tensor, scale: Tensor) -> Tensor:
         """Return token ids of scaled values, shape of ``values``; missing values are the padding token."""
         config = self.chronos_config
-        ids = torch.bucketize(values / scale[:, None], self.boundaries, right=True) + config.n_special_tokens  # type: ignore[arg-type]
+        scaled = values / scale[:, None]
+        boundaries: Tensor = self.boundaries.to(scaled.dtype)  # type: ignore[operator, assignment]
+        ids = torch.bucketize(scaled, boundaries, right=True) + config.n_special_tokens
         return torch.where(observed > 0, ids.clamp_(0, config.n_tokens - 1), config.pad_token_id)
 
     def encode(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return token ids, attention mask ``(batch, context [+ 1])`` and scale ``(batch,)`` of the history."""
         values, observed = batch["past_target"], batch["past_observed_values"]
-        scale = (values.abs() * observed).sum(1) / observed.sum(1)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        ids, mask = self.tokens(values, observed, scale), observed > 0
+        ids, mask = self.tokens(values, observed, _size(values, observed)), observed > 0
         if self.chronos_config.use_eos_token:
             ids = functional.pad(ids, (0, 1), value=self.chronos_config.eos_token_id)
             mask = functional.pad(mask, (0, 1), value=True)
-        return ids, mask, scale
+        return ids, mask, _size(values.float(), observed)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the cross-entropy of the label's tokens, mean over observed ones, shape ``(batch,)``.
@@ -311,10 +316,10 @@ class T5Backbone(ChronosBackbone):
         As in the official training, a label of the checkpoint's full length ends with the end token; a shorter one
         does not, since nothing ends there.
         """
-        ids, mask, scale = self.encode(batch)
+        ids, mask, _ = self.encode(batch)
         horizon = self.own_prediction_length
         label, observed = batch["future_target"][:, :horizon], batch["future_observed_values"][:, :horizon]
-        labels = self.tokens(label, observed, scale)
+        labels = self.tokens(label, observed, _size(batch["past_target"], batch["past_observed_values"]))
         if self.chronos_config.use_eos_token and label.shape[1] == horizon:
             labels = functional.pad(labels, (0, 1), value=self.chronos_config.eos_token_id)
             observed = functional.pad(observed, (0, 1), value=1.0)
@@ -356,6 +361,12 @@ class T5Backbone(ChronosBackbone):
                 "past_observed_values": torch.cat([history["past_observed_values"], torch.ones_like(middle)], 1),
             }
         return Trajectories(torch.cat(blocks, -1), None)
+
+
+def _size(values: Tensor, observed: Tensor) -> Tensor:
+    """Return the mean magnitude of what was observed of each window, 1 where that is 0, shape ``(batch,)``."""
+    size = (values.abs() * observed).sum(1) / observed.sum(1)
+    return torch.where(size > 0, size, torch.ones_like(size))
 
 
 def _with_gaps(batch: Mapping[str, Tensor]) -> Tensor:

@@ -62,6 +62,7 @@ class Chronos2Backbone(ChronosBackbone):
     """
 
     capabilities = frozenset({"quantiles", "features", "covariates", "multivariate"})
+    equivariance = "affine"
     ends = {"embedding": ("shared", "input_patch_embedding"), "head": ("output_patch_embedding",)}
 
     def __init__(

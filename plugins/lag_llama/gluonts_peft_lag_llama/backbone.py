@@ -64,6 +64,9 @@ class LagLlamaBackbone(Backbone):
 
     family = "lag-llama"
     capabilities = frozenset({"samples"})
+    # Tokens hold the logarithms of level and spread.
+    equivariance = "none"
+    density = True
     network: LagLlamaNetwork
 
     def __init__(

@@ -46,6 +46,8 @@ class MoiraiBackbone(Backbone):
     family = "moirai"
     # Of the family; each architecture says its own.
     capabilities = frozenset({"samples", "quantiles", "features", "covariates", "multivariate"})
+    # "affine" for windows of whole patches without gaps: uni2ts fills patches up with zeros, wherever the data lie.
+    equivariance = "scale"
     ends: ClassVar[dict[str, tuple[str, ...]]]
 
     def __init__(

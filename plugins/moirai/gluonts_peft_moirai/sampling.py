@@ -40,6 +40,7 @@ class _Sampling(MoiraiBackbone):
     """
 
     capabilities = frozenset({"samples", "covariates", "multivariate"})
+    density = True
 
     def __init__(
         self,

@@ -582,3 +582,26 @@ def test_the_default_of_moe_is_uni2ts_own(backbone: Any) -> None:
 def test_a_network_of_another_kind_is_refused(backbone: Any) -> None:
     with pytest.raises(ValueError, match=r"^network Linear is no MoiraiModule, MoiraiMoEModule or Moirai2Module$"):
         MoiraiBackbone.from_network(torch.nn.Linear(1, 1), prediction_length=1, source=backbone("moirai-2").source)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(("scale", "shift"), [(1e-9, 0.0), (1e-3, 0.0), (1e12, 0.0), (1.0, 1e9), (1e-6, -3e5)])
+def test_forecasts_and_losses_follow_scale_and_shift(
+    kind: str, scale: float, shift: float, backbone: Any, walks: Any
+) -> None:
+    """Of whole patches without gaps. Others start with zeros wherever the data lie, as in uni2ts: they follow scale."""
+    options = {} if kind == "moirai-2" else {"patch_size": 8}
+    model, batch = backbone(kind, 16, **options), walks(past=96, horizon=16, known=1, past_only=1)
+    names = [name for name in batch if name.endswith("target") or name.startswith(("feat", "past_feat"))]
+    moved = {**batch, **{name: scale * (batch[name].double() + shift) for name in names}}
+    expected, found = forecast(model, batch), forecast(model, moved)
+    spread = batch["past_target"].std(1)[:, None, None]
+    assert ((found.double() / scale - shift - expected) / spread).abs().max() < 1e-3
+    added = np.log(scale) if model.density else 0.0
+    torch.testing.assert_close(loss(model, moved).double(), loss(model, batch).double() + added, rtol=1e-3, atol=1e-3)
+
+    model, gaps = backbone(kind), walks(past=50, missing=0.2, dims=2)
+    gaps = {name: x.float() for name, x in gaps.items()}
+    scaled = {name: x.double() * scale if name.endswith("target") else x for name, x in gaps.items()}
+    expected, found = forecast(model, gaps), forecast(model, scaled)
+    assert ((found.double() / scale - expected) / gaps["past_target"].std()).abs().max() < 1e-3

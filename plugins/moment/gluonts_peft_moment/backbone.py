@@ -48,6 +48,7 @@ class MomentBackbone(Backbone):
 
     family = "moment"
     capabilities = frozenset({"quantiles", "features", "reconstruct"})
+    equivariance = "affine"
 
     network: MomentNetwork
 
