@@ -368,7 +368,7 @@ def _forecasts(
     """Distances of rolling forecasts, by :func:`_residual` or :func:`_exceedance`."""
     import torch
 
-    from .imputation import batches, folded
+    from .imputation import batches
     from .training import to_device
     from .units import refuse_nonfinite
 
@@ -399,8 +399,8 @@ def _forecasts(
         batch = windows.read(series[rows], flat[rows])
         seen = batch["past_observed_values"].any(1, keepdims=True)
         past = {name: value for name, value in batch.items() if not name.startswith("future_")}
-        with backbone.inference(), folded(backbone):
-            result = backbone.forecast(to_device(past, backbone.device), num_samples=num_samples, generator=generator)
+        with backbone.reading() as reader:
+            result = reader.forecast(to_device(past, backbone.device), num_samples=num_samples, generator=generator)
         names = [store.item_ids[i] for i in series[rows]]
         refuse_nonfinite(result.values.cpu().numpy(), names.__getitem__, "forecast")
         low, middle, high = _quantiles(result, (quantiles[0], 0.5, quantiles[1]))

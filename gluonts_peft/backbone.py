@@ -11,7 +11,7 @@ import inspect
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointError, check_finite, fingerprint, parse, resolve
 from .units import wrap_methods
+from .weights import Weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,8 +90,8 @@ _kept: dict[Any, tuple[nn.Module, str]] | None = None
 def keep_networks() -> None:
     """From now on read each checkpoint once in this process.
 
-    Backbones then share the tensors of their base on the CPU; what an adapter trains of them is copied first. This is
-    for workers that run one trial after another.
+    Backbones then share the values of their base on the CPU, which nothing writes to. This is for workers that run one
+    trial after another.
     """
     global _kept
     _kept = {} if _kept is None else _kept
@@ -109,7 +110,7 @@ def _loaded(backbone: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
     shared: dict[int, Any] = {
         id(tensor): nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad) for tensor in network.parameters()
     }
-    shared |= {id(tensor): tensor for tensor in network.buffers()}
+    shared |= {id(tensor): tensor.detach() for tensor in network.buffers()}
     return copy.deepcopy(network, shared), digest
 
 
@@ -198,6 +199,8 @@ class Backbone(nn.Module, ABC):
         The adapter that is attached, or None.
     place
         Folder that the weights were read from, if they were.
+    weights
+        What is known of the weights besides their values.
     """
 
     family: ClassVar[str]
@@ -238,8 +241,8 @@ class Backbone(nn.Module, ABC):
         self.context_length = context_length
         self.source = source
         self.options: dict[str, Any] = {}
-        self.shares_weights = False
         self.adapter: Adapter | None = None
+        self.weights = Weights()
         self.eval()
 
     def __repr__(self) -> str:
@@ -303,7 +306,6 @@ class Backbone(nn.Module, ABC):
             ) from error
         backbone.options = options
         backbone.place = folder.absolute()
-        backbone.shares_weights = _kept is not None
         return backbone
 
     @classmethod
@@ -424,9 +426,38 @@ class Backbone(nn.Module, ABC):
         order = {name: index for index, name in enumerate(everything)}
         return tuple(sorted(found, key=lambda name: order.get(name, len(order))))
 
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter was folded into the weights, which are then no longer those of the checkpoint."""
+        return self.weights.merged
+
+    @contextmanager
+    def reading(self) -> Iterator[Self]:
+        """Hand out a copy that only reads, for forecasts, features and reconstructions within the context.
+
+        It is in evaluation mode, has the adapter folded in, and records no gradients. Any number of threads may read at
+        once. Copies are kept as long as no tensor has changed; they share all values with this backbone but buffers and
+        the matrices into which the adapter is folded: these take memory once, however many threads there are. While a
+        copy is in use it stays as it is, also if meanwhile the adapter is merged or exchanged. Training meanwhile, or
+        loading weights into the adapter that is attached, is not foreseen.
+
+        Who changes anything of the network by hand that is neither a tensor nor a module, calls ``weights.forget()``.
+        """
+        with self.weights.reading(self) as reader:
+            yield reader  # type: ignore[misc]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = self.weights.before
+        with self.weights.changing(), nullcontext() if before is None else before.moving():
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients; the mode of every module is restored on exit."""
+        """Evaluation mode without gradients; the mode of every module is restored on exit.
+
+        For work with the model itself, in the thread that owns it. Others read: :meth:`reading`.
+        """
         # A plain walk, since `modules()` takes a tenth of the time of a small network's forecast.
         training: list[nn.Module] = [self] if self.training else []
         stack = [self._modules]

@@ -271,12 +271,12 @@ def forecast_error(backbone: Backbone, batches: Sequence[Mapping[str, Any]], lev
     """
     total, count = 0.0, 0
     generator = torch.Generator(device=backbone.device).manual_seed(0)
-    with backbone.inference():
+    with backbone.reading() as reader:
         for arrays in batches:
             tensors = {name: torch.as_tensor(value).to(backbone.device) for name, value in arrays.items()}
             batch, _ = to_units(tensors, getattr(backbone, "equivariance", "none"))
             past = {name: value for name, value in batch.items() if not name.startswith("future_")}
-            found = _at_levels(backbone.forecast(past, generator=generator), levels)
+            found = _at_levels(reader.forecast(past, generator=generator), levels)
             losses = _quantile_loss(found, levels, batch)
             total += losses.double().sum().item()
             count += len(losses)
@@ -415,6 +415,9 @@ class NewHead(Adapter):
         delattr(backbone.network, PLACE)
         backbone.__class__ = type(backbone).__mro__[2]
         self._head = None
+
+    def folds(self) -> list[nn.Parameter] | None:
+        return []
 
     def _fold(self) -> None:
         """There is no place in the base for it."""

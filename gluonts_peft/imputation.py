@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -381,9 +380,9 @@ def gather(store: SeriesStore, series: Integers, ends: Integers, width: int) -> 
 
 def reconstruct(backbone: Backbone, values: Floats, shown: Floats) -> Floats:
     """Return the windows as the network sees them, from what is shown of them, shape ``(batch, time)``."""
-    with backbone.inference(), folded(backbone):
+    with backbone.reading() as reader:
         batch = to_device({"past_target": values * shown, "past_observed_values": shown}, backbone.device)
-        found: Floats = backbone.reconstruct(batch).cpu().numpy()
+        found: Floats = reader.reconstruct(batch).cpu().numpy()
     return found
 
 
@@ -392,11 +391,6 @@ def _decimals(values: Floats, observed: Floats) -> list[int]:
     high, low = np.where(observed > 0, values, -np.inf).max(1), np.where(observed > 0, values, np.inf).min(1)
     spread = (high - low).astype(np.float64)
     return [7 - math.ceil(math.log10(each)) if each > 0 else 7 for each in spread.tolist()]
-
-
-def folded(backbone: Backbone) -> Any:
-    """Context within which the adapter, if any, is folded into the weights."""
-    return nullcontext() if backbone.adapter is None else backbone.adapter.fused()
 
 
 def backbone_of(model: PeftPredictor | Backbone) -> Backbone:

@@ -23,10 +23,11 @@ from .adapters.base import AdapterError, load_adapter, versions
 from .backbone import Backbone, Source
 from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
-from .registry import families, get_adapter
+from .registry import families
 from .series.calendar import dated
 from .training import Fit, Gate, resolve_device, to_device
 from .units import refuse_nonfinite
+from .weights import Snapshot
 from .windows import context_batches
 
 __all__ = ["PeftPredictor", "PredictorError"]
@@ -80,14 +81,19 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         if prediction_length is not None and not 0 < prediction_length <= own:
             raise ValueError(f"prediction_length {prediction_length} is not from 1 to {own}, what the model forecasts")
         super().__init__(prediction_length=own if prediction_length is None else prediction_length)
-        self.backbone = backbone.to(resolve_device(device))
+        place = resolve_device(device)
+        self.backbone = backbone if backbone.device == place else backbone.to(place)
         self.fit = fit
         self.batch_size = batch_size
         self.seed = seed
-        self.merged = False
 
     def __repr__(self) -> str:
         return f"PeftPredictor({self.backbone!r}, prediction_length={self.prediction_length})"
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter was folded into the weights of the base."""
+        return self.backbone.merged
 
     @property
     def gate(self) -> Gate | None:
@@ -117,7 +123,6 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         """
         backbone = self.backbone
         generator = torch.Generator(device=backbone.device).manual_seed(self.seed)
-        fused = backbone.adapter.fused if backbone.adapter is not None else None
         batches = context_batches(
             dated(dataset),
             context_length=backbone.past_length,
@@ -138,14 +143,10 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                         " nothing to forecast from; leave it out"
                     )
             position += len(entries)
-            # Folded for a batch only: between two batches the caller may do anything with the model.
-            with backbone.inference():
-                tensors = to_device(batch, backbone.device)
-                if fused is None:
-                    result = backbone.forecast(tensors, num_samples=num_samples, generator=generator)
-                else:
-                    with fused():
-                        result = backbone.forecast(tensors, num_samples=num_samples, generator=generator)
+            # Anew for each batch: in between, also in other threads, the adapter may be exchanged or merged.
+            with backbone.reading() as reader:
+                tensors = to_device(batch, reader.device)
+                result = reader.forecast(tensors, num_samples=num_samples, generator=generator)
             found = result.values[:, :, : self.prediction_length].cpu()
             values = (found if found.dtype == torch.float64 else found.float()).numpy()
             refuse_nonfinite(values, names.__getitem__, "forecast")
@@ -161,7 +162,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         ValueError
             If the model does not forecast that many steps.
         """
-        short = PeftPredictor(
+        return PeftPredictor(
             self.backbone,
             fit=self.fit,
             batch_size=self.batch_size,
@@ -169,8 +170,6 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             device=str(self.backbone.device),
             prediction_length=prediction_length,
         )
-        short.merged = self.merged
-        return short
 
     def serialize(self, path: Path) -> None:
         """Write the predictor into a folder: JSON and the adapter's tensors, never the base weights.
@@ -312,16 +311,15 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         folder, fit = Path(adapter), None
         if (folder / CONFIG).is_file():
             folder, fit = folder / ADAPTER, _read(folder)["fit"]
-        old = self.backbone.adapter
-        if old is None:
-            load_adapter(folder, self.backbone)
-        else:
-            spec, state = old.spec, {name: tensor.detach().clone() for name, tensor in old.state_dict().items()}
-            old.detach()
+        backbone = self.backbone
+        with backbone.weights.changing():
+            before = Snapshot(backbone, backbone.adapter)
             try:
-                load_adapter(folder, self.backbone)
+                if backbone.adapter is not None:
+                    backbone.adapter.detach()
+                load_adapter(folder, backbone)
             except BaseException:
-                get_adapter(spec).attach(self.backbone).load_state_dict(state)
+                before.restore()
                 raise
         self.fit = fit
 
@@ -333,11 +331,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         AdapterError
             If the method cannot be merged.
         """
-        adapter = self.backbone.adapter
-        if adapter is not None:
-            changed = adapter.num_parameters() > 0
-            adapter.merge()
-            self.merged = self.merged or changed
+        if self.backbone.adapter is not None:
+            self.backbone.adapter.merge()
 
     def export(self, folder: str | Path) -> None:
         """Write base and adapter, merged, in the family's own layout, for use without this project.
@@ -357,13 +352,13 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         folder = Path(folder)
         if folder.exists() and any(folder.iterdir()):
             raise PredictorError(f"folder {str(folder)!r} is not empty; name a new one")
+        adapter = self.backbone.adapter
+        if adapter is not None and not adapter.mergeable:
+            raise AdapterError(f"adapter {adapter.name!r} cannot be merged: its effect is not a change of the weights")
         try:
-            with delivering(folder, "model's export") as partial:
-                backbone = copy.deepcopy(self.backbone)
-                if backbone.adapter is not None:
-                    backbone.adapter.merge()
+            with delivering(folder, "model's export") as partial, self.backbone.reading() as reader:
                 partial.mkdir()
-                backbone.export(partial)
+                reader.export(partial)
         except FolderInUse as error:
             raise PredictorError(str(error)) from None
 

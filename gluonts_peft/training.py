@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from .heads import FeatureCache, forecast_error, with_features
 from .resume import SafeCheckpointIO, read_checkpoint
+from .weights import Snapshot
 from .windows import Windows
 
 if TYPE_CHECKING:
@@ -194,9 +195,9 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tenso
 def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]], loss: Loss | None = None) -> float:
     """Return the mean of the family's loss, or of another one, over validation batches."""
     mean = _Mean()
-    with backbone.inference():
+    with backbone.reading() as reader:
         for batch in batches:
-            mean.add(_losses(backbone, to_device(batch, backbone.device), loss))
+            mean.add(_losses(reader, to_device(batch, backbone.device), loss))
     return mean.value
 
 
@@ -513,6 +514,7 @@ def fit(
             )
         if caches:
             shown = with_features(backbone, validation)
+        types = Snapshot(backbone)
         module = _Module(backbone, adapter, kept or windows, options, rate, updates, loss).train()
         with _quiet_lightning():
             trainer = pl.Trainer(
@@ -543,6 +545,8 @@ def fit(
                 if kept is not None:
                     kept.close()
     backbone.to(device).eval()
+    # A precision such as "bf16-true" has rounded the base, too; what is scored and handed over rests on the checkpoint.
+    types.restore_types()
     if keeper.weights:
         adapter.load_state_dict(keeper.weights)
         adapter.finish()

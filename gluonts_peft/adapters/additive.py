@@ -179,9 +179,6 @@ class PeftAdapter(Adapter):
         self._tuner: Any = None
         self._layers: list[Any] = []
         self._parameters: list[nn.Parameter] = []
-        self._weights: list[nn.Parameter] = []
-        self._watched: list[Tensor] = []
-        self._folded: tuple[list[tuple[int, int, int]], list[Tensor]] | None = None
 
     def known_options(self) -> set[str]:
         """Return the names of the options: PEFT's, the adapter's own, and ``sites``."""
@@ -242,20 +239,25 @@ class PeftAdapter(Adapter):
         try:
             with _quiet():
                 self._tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](network, config, "default")
-        except (ValueError, TypeError, RuntimeError) as error:
-            self._layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and id(m) not in known]
-            self._unwrap(backbone)
-            raise AdapterError(f"adapter {self!r} cannot be attached to {backbone!r}: {error}") from error
+        except Exception as error:
+            # PEFT checks some options by assertions, and some not at all.
+            reason = str(error) or type(error).__name__
+            raise AdapterError(f"adapter {self!r} cannot be attached to {backbone!r}: {reason}") from error
         self._layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and id(m) not in known]
         self._parameters = [p for p in network.parameters() if id(p) not in known and p.requires_grad]
         if self.method.dense:
             for layer in self._layers:
                 make_dense(layer)
-        self._weights = [parameter for layer in self._layers for parameter in layer.get_base_layer().parameters()]
-        self._watched = [tensor for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
 
     def _detach(self, backbone: Backbone) -> None:
         self._unwrap(backbone)
+
+    def folds(self) -> list[nn.Parameter] | None:
+        # LayerNorm tuning exchanges modules instead of changing weights.
+        if self.method.config == "LNTuningConfig":
+            return []
+        found = [parameter for layer in self._layers for parameter in layer.get_base_layer().parameters()]
+        return list(dict.fromkeys(found))
 
     def _fold(self) -> None:
         for layer in self._layers:
@@ -274,61 +276,7 @@ class PeftAdapter(Adapter):
         for module, name, child in parents:
             setattr(module, name, child.base_layer)
         _forget_config(backbone.network)
-        self._tuner, self._layers, self._parameters, self._folded = None, [], [], None
-        self._weights, self._watched = [], []
-
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        if self._exchanges():
-            # LayerNorm tuning exchanges modules instead of changing weights: nothing is won by folding it.
-            yield
-            return
-        weights = self._weights
-        originals = [parameter.data for parameter in weights]
-        folded = self._folded_weights(weights)
-        for parameter, changed in zip(weights, folded, strict=True):
-            parameter.data = changed
-        forwards = [vars(layer).get("forward") for layer in self._layers]
-        for layer in self._layers:
-            layer.merged_adapters.append("default")
-            # What a merged layer does, without asking whether it is merged.
-            vars(layer)["forward"] = layer.base_layer.forward
-        try:
-            yield
-        finally:
-            for layer, forward in zip(self._layers, forwards, strict=True):
-                if forward is None:
-                    vars(layer).pop("forward")
-                else:
-                    vars(layer)["forward"] = forward
-            for parameter, original in zip(weights, originals, strict=True):
-                parameter.data = original
-            for layer in self._layers:
-                layer.merged_adapters.clear()
-
-    def _exchanges(self) -> bool:
-        return self.method.config == "LNTuningConfig"
-
-    def _folded_weights(self, weights: list[nn.Parameter]) -> list[Tensor]:
-        """Return the base's weights with the adapter folded in, computed anew only if something has changed."""
-        # In a hybrid an earlier part changes the base under this one, without a trace in the versions.
-        alone = self.attached.adapter is self
-        key = [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in (*weights, *self._watched)]
-        if self._folded is not None and alone and self._folded[0] == key:
-            return self._folded[1]
-        originals = [parameter.data for parameter in weights]
-        for parameter in weights:
-            parameter.data = parameter.data.clone()
-        try:
-            self._fold()
-            folded = [parameter.data for parameter in weights]
-        finally:
-            for parameter, original in zip(weights, originals, strict=True):
-                parameter.data = original
-            for layer in self._layers:
-                layer.merged_adapters.clear()
-        self._folded = (key, folded)
-        return folded
+        self._tuner, self._layers, self._parameters = None, [], []
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters)

@@ -17,11 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint import first_nonfinite, save_tensors
 from ..files import NewerFormat, check_regular, load_json, opened, record, replacing, write_atomically
 from ..registry import get_adapter
+from ..weights import BaseChangedError, Snapshot, fold
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -109,31 +111,80 @@ class Adapter(ABC):
             )
         if reason := backbone.impossible.get(self.name):
             raise AdapterError(f"adapter {self.name!r} is impossible on family {backbone.family!r}: {reason}")
-        self._attach(backbone)
-        self._bind(backbone)
-        backbone.adapter = self
+        if backbone.weights.reads:
+            raise AdapterError(
+                f"adapter {self!r} cannot be attached to a copy that only reads; take the backbone itself"
+            )
+        if backbone.merged:
+            raise AdapterError(
+                f"adapter {self!r} cannot be attached: another one was merged into the weights, which are no longer those"
+                f" of {backbone.source.checkpoint!r}; load that anew, or export the merged model and start from there"
+            )
+        weights = backbone.weights
+        with weights.changing():
+            before = Snapshot(backbone, self)
+            try:
+                try:
+                    with before.guarded():
+                        self._attach(backbone)
+                except BaseChangedError as error:
+                    raise AdapterError(
+                        f"adapter {self!r} changes weights of the base when it starts ({error}), so that there would be"
+                        " no zero-shot forecast to go back to; use a start that leaves them alone"
+                    ) from None
+                self._bind(backbone, before)
+                backbone.adapter, weights.before = self, before
+                self._check_start(backbone)
+            except BaseException:
+                before.restore()
+                raise
+            before.keep_structure()
         return self
 
-    def _bind(self, backbone: Backbone) -> None:
+    def _bind(self, backbone: Backbone, before: Snapshot) -> None:
         """Make this adapter's parameters, and nothing else, trainable."""
         self.backbone = backbone
         # New modules start in training mode whatever the mode of those around them.
         backbone.network.train(backbone.network.training)
         backbone.network.requires_grad_(False)
-        for parameter in self.parameters():
-            if backbone.shares_weights:
-                parameter.data = parameter.data.clone()
+        base = {id(tensor) for _, tensor, _ in before.values}
+        own = self.parameters()
+        # What trains of the base, and buffers, which some networks change in training, get values of their own.
+        for tensor in (*own, *backbone.buffers()):
+            if id(tensor) in base:
+                tensor.data = tensor.data.clone()
+        for parameter in own:
             parameter.requires_grad_(True)
+
+    def _check_start(self, backbone: Backbone) -> None:
+        """Refuse now what could not be folded later, or starts with numbers that are not finite."""
+        try:
+            folded = fold(backbone)
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise AdapterError(
+                f"adapter {self!r} cannot be folded into the weights of {backbone!r}: {type(error).__name__}: {error}"
+            ) from error
+        wrong = [name for name, tensor in folded.named_parameters() if not tensor.isfinite().all()]
+        if wrong and all(tensor.isfinite().all() for tensor in backbone.network.parameters()):
+            raise AdapterError(f"adapter {self!r} makes {wrong[0]} not finite when it starts; look at its options")
 
     def detach(self) -> None:
         """Remove the adapter: the backbone is again exactly what it was before :meth:`attach`."""
         backbone = self.attached
-        self._detach(backbone)
-        backbone.network.requires_grad_(False)
-        backbone.adapter = self.backbone = None
+        weights = backbone.weights
+        with weights.changing():
+            self._detach(backbone)
+            if weights.before is not None:
+                weights.before.restore_base()
+            backbone.adapter = self.backbone = weights.before = None
 
     def merge(self) -> None:
         """Fold the adapter into the weights of the base and remove it: same forecasts, no adapter left.
+
+        The weights get new values; those of other backbones that share the old ones stay. If it fails, nothing has
+        changed.
 
         Raises
         ------
@@ -143,15 +194,38 @@ class Adapter(ABC):
         if not self.mergeable:
             raise AdapterError(f"adapter {self.name!r} cannot be merged: its effect is not a change of the weights")
         backbone = self.attached
-        self._merge(backbone)
-        backbone.network.requires_grad_(False)
-        backbone.adapter = self.backbone = None
+        weights = backbone.weights
+        changing, changes = self.folds(), self.num_parameters() > 0
+        with weights.changing():
+            before = Snapshot(backbone, self)
+            try:
+                for parameter in backbone.parameters() if changing is None else changing:
+                    parameter.data = parameter.data.clone()
+                self._merge(backbone)
+            except BaseException as error:
+                before.restore()
+                if isinstance(error, AdapterError) or not isinstance(error, Exception):
+                    raise
+                raise AdapterError(f"adapter {self!r} cannot be merged: {type(error).__name__}: {error}") from error
+            backbone.network.requires_grad_(False)
+            backbone.adapter = self.backbone = weights.before = None
+            weights.merged = weights.merged or changes
+
+    def folds(self) -> list[nn.Parameter] | None:
+        """Return the parameters of the base that :meth:`merge` changes; None if that is not known."""
+        return None
+
+    def _fold_into(self, reader: Backbone) -> None:
+        """Fold what can be folded into a copy of the backbone, to which this copy of the adapter is attached."""
+        if self.mergeable:
+            self._merge(reader)
+            reader.adapter = self.backbone = None
 
     @contextmanager
     def fused(self) -> Iterator[None]:
-        """Within this context the adapter is folded into the weights, so that forecasting costs what the base costs.
+        """Do nothing: forecasts run on a copy with the adapter folded in, see :meth:`Backbone.reading`.
 
-        The weights are restored bit by bit on exit. Adapters that cannot be folded stay as they are.
+        It is kept for code that was written for version 0.1.
         """
         yield
 
@@ -321,8 +395,10 @@ def copy_into(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], owner:
                 f"stored tensor {name!r} has shape {tuple(state[name].shape)}, adapter {owner!r} needs"
                 f" {tuple(target.shape)}; was it saved with other options or on another base?"
             )
-    for name, target in targets.items():
-        target.data.copy_(state[name])
+    with torch.no_grad():
+        for name, target in targets.items():
+            # Not into `target.data`, whose changes are not counted: readers would not notice.
+            target.copy_(state[name])
 
 
 def unwrapped(name: str) -> str:
@@ -369,12 +445,13 @@ def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = T
         adapter = from_peft(folder, backbone)
     else:
         raise AdapterError(f"folder {str(folder)!r} holds neither {RECORD} nor adapter_config.json")
-    adapter.attach(backbone)
-    try:
-        return adapter.load(folder)
-    except BaseException:
-        adapter.detach()
-        raise
+    with backbone.weights.changing():
+        adapter.attach(backbone)
+        try:
+            return adapter.load(folder)
+        except BaseException:
+            adapter.detach()
+            raise
 
 
 def read_adapter_record(folder: Path) -> dict[str, Any]:

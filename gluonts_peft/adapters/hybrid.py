@@ -7,8 +7,7 @@ place, so their changes add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,25 +66,16 @@ class Hybrid(Adapter):
         return [part.spec for part in self.parts]
 
     def _attach(self, backbone: Backbone) -> None:
-        done: list[Adapter] = []
-        try:
-            for part in self.parts:
-                if reason := backbone.impossible.get(part.name):
-                    raise AdapterError(f"adapter {part.name!r} is impossible on {backbone.family!r}: {reason}")
-                part._attach(backbone)
-                part.backbone = backbone
-                done.append(part)
-        except BaseException:
-            self._undo(backbone, done)
-            raise
-
-    def _undo(self, backbone: Backbone, parts: Sequence[Adapter]) -> None:
-        for part in reversed(parts):
-            part._detach(backbone)
-            part.backbone = None
+        for part in self.parts:
+            if reason := backbone.impossible.get(part.name):
+                raise AdapterError(f"adapter {part.name!r} is impossible on {backbone.family!r}: {reason}")
+            part._attach(backbone)
+            part.backbone = backbone
 
     def _detach(self, backbone: Backbone) -> None:
-        self._undo(backbone, self.parts)
+        for part in reversed(self.parts):
+            part._detach(backbone)
+            part.backbone = None
 
     def _fold(self) -> None:
         # From the inside out, as the forward pass goes.
@@ -97,12 +87,22 @@ class Hybrid(Adapter):
             part._unwrap(backbone)
             part.backbone = None
 
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for part in self.parts:
-                stack.enter_context(part.fused())
-            yield
+    def folds(self) -> list[nn.Parameter] | None:
+        found = [part.folds() for part in self.parts]
+        if any(each is None for each in found):
+            return None
+        return list(dict.fromkeys(parameter for each in found if each is not None for parameter in each))
+
+    def _fold_into(self, reader: Backbone) -> None:
+        if self.mergeable:
+            super()._fold_into(reader)
+            return
+        # The others stay: a new head, for example.
+        parts = [part for part in self.parts if part.mergeable]
+        for part in parts:
+            part._fold()
+        for part in reversed(parts):
+            part._unwrap(reader)
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for part in self.parts for parameter in part.parameters()]

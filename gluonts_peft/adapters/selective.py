@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..registry import unknown
@@ -46,7 +45,6 @@ class Selective(Adapter):
         self.sites = sites
         self.learning_rate = learning_rate
         self._chosen: dict[str, nn.Parameter] = {}
-        self._original: dict[str, Tensor] = {}
 
     def _attach(self, backbone: Backbone) -> None:
         named = dict(backbone.network.named_parameters())
@@ -66,19 +64,18 @@ class Selective(Adapter):
             }
             chosen = {name: parameter for name, parameter in named.items() if id(parameter) in wanted}
         self._chosen = {unwrapped(name): parameter for name, parameter in chosen.items()}
-        self._original = {name: parameter.detach().clone() for name, parameter in self._chosen.items()}
 
-    @torch.no_grad()
     def _detach(self, backbone: Backbone) -> None:
-        for name, parameter in self._chosen.items():
-            parameter.copy_(self._original[name])
-        self._chosen, self._original = {}, {}
+        self._chosen = {}
+
+    def folds(self) -> list[nn.Parameter] | None:
+        return []
 
     def _fold(self) -> None:
         """The parameters are the base's own: nothing to do."""
 
     def _unwrap(self, backbone: Backbone) -> None:
-        self._chosen, self._original = {}, {}
+        self._chosen = {}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._chosen.values())

@@ -181,9 +181,6 @@ class Trace(PeftAdapter):
             for name, parameter in layer.named_parameters()
             if name == "gate" or name.startswith("lora_")
         ]
-        self._weights = [parameter for layer in self._layers for parameter in layer.get_base_layer().parameters()]
-        self._watched = [tensor for layer in self._layers for tensor in (*layer.parameters(), *layer.buffers())]
-        self._folded = None
 
     def _unwrap(self, backbone: Backbone) -> None:
         for layer in self._gated.values():
@@ -276,7 +273,7 @@ class Trace(PeftAdapter):
     def _switch(self, on: Tensor) -> None:
         for layer, state in zip(self._gated.values(), on.tolist(), strict=True):
             layer.on = state
-        self._folded = None
+        self.attached.weights.forget()
 
     def _importance(self, candidates: Tensor, budget: int) -> tuple[Tensor, Tensor]:
         """Return the importance of each module and its standard error, NaN if unknown, shape ``(modules,)``."""
