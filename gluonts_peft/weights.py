@@ -39,7 +39,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors agree in type, shape and every bit, also of NaN."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    if left.data_ptr() == right.data_ptr() or torch.equal(left, right):
+    if left.is_meta or left.data_ptr() == right.data_ptr() or torch.equal(left, right):
         return True
     raw = [tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8) for tensor in (left, right)]
     return torch.equal(*raw)
@@ -134,14 +134,13 @@ class Snapshot:
         self._restore(_STRUCTURE)
 
     def _restore(self, names: Collection[str] | None) -> None:
-        device = self.backbone.device
         for saved in self.modules:
             saved.restore(names)
         self.outer.restore(_STRUCTURE)
         for (_, tensor, value), flag in zip(self.values, self.flags, strict=True):
             if tensor.data_ptr() != value.data_ptr():
                 tensor.grad = None
-                tensor.data = value.to(device)
+                tensor.data = value.to(tensor.device)
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(flag)
 
@@ -315,9 +314,9 @@ def fold(backbone: Backbone) -> Backbone:
     changing = [] if adapter is None else adapter.folds()
     own = None if changing is None else {id(parameter) for parameter in changing}
     memo: dict[int, Any] = {id(backbone.weights): Weights(merged=backbone.weights.merged, reads=True)}
-    copied: list[tuple[Tensor, Tensor]] = []
+    copied: list[tuple[Tensor, nn.Parameter]] = []
     for parameter in backbone.parameters():
-        value = parameter.detach()
+        value: Tensor = parameter.detach()
         if own is None or id(parameter) in own:
             value = value.clone()
             copied.append((value, parameter))
