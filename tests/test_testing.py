@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from gluonts_peft.testing import (
     parametrize_with_checks,
 )
 from gluonts_peft.testing.cases import AdapterCase, BackboneCase, EstimatorCase
+from gluonts_peft.weights import Snapshot
 from gluonts_peft_chronos import BoltBackbone, ChronosEstimator, T5Backbone
 
 CHECKPOINT = {BoltBackbone: "bolt-nano", T5Backbone: "t5-nano"}
@@ -298,6 +299,27 @@ class OneSeed(Wrong, T5Backbone):
         return super().forecast(batch, **{**options, "generator": torch.Generator().manual_seed(0)})
 
 
+class Waits:
+    """Notices how many threads are within at once, since all readers share it."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+
+    def __deepcopy__(self, memo: Any) -> Waits:
+        return self
+
+
+class OneAtATime(WrongForecast):
+    shared = Waits()
+
+    def spoil(self, values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        self.shared.inside += 1
+        time.sleep(0.05)
+        found = values + self.shared.inside - 1
+        self.shared.inside -= 1
+        return found
+
+
 class StaysInTraining(WrongForecast):
     def spoil(self, values: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         self.network.get_parameter("shared.weight").add_(0.001)
@@ -427,6 +449,7 @@ WRONG_BACKBONES: list[tuple[type[Wrong], str, str]] = [
     (Constant, "forecast_sees_the_history", "forecasts do not depend on past_target"),
     (GlobalNoise, "generator_decides_the_forecast", "forecast draws from torch's global generator"),
     (OneSeed, "generator_decides_the_forecast", "sample paths are the same under another seed"),
+    (OneAtATime, "threads_forecast_the_same", "threads that forecast at once get other forecasts"),
     (StaysInTraining, "forecast_changes_nothing", "forecast changes 3 tensors (first: network.shared.weight)"),
     (ChangesBatch, "forecast_changes_nothing", "forecast changes the batch it is given"),
     (GuessesWithoutHead, "untrained_head_refuses_to_forecast", "a forecast without a trained head is accepted"),
@@ -493,10 +516,11 @@ class Lora(PeftAdapter):
 
 
 class NotIdentity(Biases):
-    def _attach(self, backbone: Backbone) -> None:
-        super()._attach(backbone)
+    def attach(self, backbone: Backbone) -> Adapter:
+        found = super().attach(backbone)
         for parameter in self.parameters():
             parameter.data.add_(0.01)
+        return found
 
 
 class TrainsTheBase(Biases):
@@ -558,26 +582,37 @@ class SavesFolders(Biases):
         (Path(folder) / "part").mkdir()
 
 
-class LeavesFused(Biases):
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        yield
-        self.parameters()[0].data.add_(0.01)
+class ReadsOtherwise(Biases):
+    def _fold_into(self, reader: Backbone) -> None:
+        super()._fold_into(reader)
+        for parameter in reader.parameters():
+            parameter.data = parameter.data * 1.1
 
 
-class FusesWithoutFinally(Biases):
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        weight = self.parameters()[0].data
-        original = weight.clone()
-        weight.add_(1.0)
-        yield
-        weight.copy_(original)
+class ReadsAndWrites(Biases):
+    """Says that folding changes nothing, and writes into what readers share with the model."""
+
+    def _fold_into(self, reader: Backbone) -> None:
+        super()._fold_into(reader)
+        reader.get_parameter("network.shared.weight").data.mul_(1.0001)
+
+
+class AttachesOutside(Biases):
+    """Does by itself what attach() does as a whole or not at all."""
+
+    def attach(self, backbone: Backbone) -> Adapter:
+        self._attach(backbone)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+        self._bind(backbone, Snapshot(backbone))
+        return self
 
 
 class DetachesHalf(Biases):
-    def _detach(self, backbone: Backbone) -> None:
-        self._chosen, self._original = {}, {}
+    def detach(self) -> None:
+        backbone = self.attached
+        backbone.network.requires_grad_(False)
+        backbone.adapter = self.backbone = None
 
 
 class MergesTwice(Lora):
@@ -586,6 +621,15 @@ class MergesTwice(Lora):
         for layer in self._layers:
             base = layer.get_base_layer().weight.data
             base.add_(layer.get_delta_weight("default"))
+
+
+class MergesInPlace(Lora):
+    def merge(self) -> None:
+        backbone = self.attached
+        self._merge(backbone)
+        backbone.network.requires_grad_(False)
+        backbone.adapter = self.backbone = None
+        backbone.weights.merged = True
 
 
 class MergesAnyhow(Biases):
@@ -652,11 +696,12 @@ WRONG_ADAPTERS: list[tuple[type[Adapter], str, str]] = [
     (Pickles, "only_json_and_safetensors_are_written", "files of type ['.json', '.pt', '.safetensors']"),
     (OtherBase, "only_json_and_safetensors_are_written", "names the base {"),
     (SavesFolders, "parts_of_a_hybrid_open_by_themselves", "a single adapter is saved in several folders: ['part']"),
-    (LeavesFused, "fused_answers_are_the_same", "fused() leaves 1 tensors"),
-    (FusesWithoutFinally, "fused_answers_are_the_same", "fused() changes the answers"),
-    (FusesWithoutFinally, "fused_restores_after_an_error", "does not restore the weights in `finally`"),
-    (DetachesHalf, "detaching_gives_back_the_base", "of the base changed"),
+    (ReadsOtherwise, "reading_gives_the_same_answers", "reading() changes the answers"),
+    (ReadsAndWrites, "reading_changes_nothing", "_fold_into() may write only into what folds() names"),
+    (AttachesOutside, "failed_attach_leaves_nothing", "an attach that failed leaves"),
+    (DetachesHalf, "detaching_gives_back_the_base", "detach() leaves tensor"),
     (MergesTwice, "merging_keeps_the_answers", "merging changes the answers"),
+    (MergesInPlace, "merging_keeps_the_answers", "which other backbones may share; give it a new value"),
     (MergesAnyhow, "merging_keeps_the_answers", "merging an adapter that is not mergeable is accepted"),
     (OwnSeed, "seed_decides_the_numbers", "the same seed initialises the adapter differently"),
     (LoadsHalf, "state_makes_a_round_trip", "load_state_dict does not take over every tensor"),

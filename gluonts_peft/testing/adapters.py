@@ -16,16 +16,21 @@ from ..registry import get_adapter
 from .cases import (
     FEW,
     MORE,
+    PLANNED,
     AdapterCase,
     apart,
+    at_once,
     clone,
     differing,
+    fail,
     forecast_of,
     loss_of,
     optimizer_of,
+    read_answers,
     same,
     tensors_of,
     train_steps,
+    traits,
 )
 from .contract import Clause, clause_of, refusal, require
 
@@ -188,37 +193,56 @@ def parts_of_a_hybrid_open_by_themselves(case: AdapterCase) -> None:
 
 
 @clause_of(ADAPTER_CHECKS)
-def fused_answers_are_the_same(case: AdapterCase) -> None:
-    """Folding the adapter in for a while changes no answer, and the weights come back bit by bit."""
-    cell, network = case.cell, case.cell.backbone.network
-    before, state = case.answers(cell.backbone), clone(network.state_dict())
-    with cell.adapter.fused():
-        inside = case.answers(cell.backbone)
-    _close(inside, before, "fused() changes the answers", rtol=2e-4, atol=2e-4)
-    require(
-        same(network.state_dict(), state), f"fused() leaves {differing(network.state_dict(), state)} changed behind"
-    )
-    _close(case.answers(cell.backbone), before, "answers after fused() differ from those before", rtol=0.0, atol=0.0)
+def reading_gives_the_same_answers(case: AdapterCase) -> None:
+    """What reads, with the adapter folded in where that can be, answers as the model itself."""
+    cell = case.cell
+    with cell.backbone.reading() as reader:
+        inside = case.answers(reader)
+    _close(inside, case.answers(cell.backbone), "reading() changes the answers", rtol=2e-4, atol=2e-4)
 
 
 @clause_of(ADAPTER_CHECKS)
-def fused_restores_after_an_error(case: AdapterCase) -> None:
-    """An exception within fused() leaves the weights as they were."""
-    cell = case.cell
-    state = clone(cell.backbone.network.state_dict())
-    try:
-        with cell.adapter.fused():
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
-    require(same(cell.backbone.network.state_dict(), state), "fused() does not restore the weights in `finally`")
+def reading_changes_nothing(case: AdapterCase) -> None:
+    """Threads that read one model at once answer as one does alone; no tensor, module or mode of it changes."""
+    backbone = case.cell.backbone
+    # Whoever has read before may have changed something already.
+    backbone.weights.forget()
+    before = traits(backbone)
+    with backbone.reading() as reader:
+        alone = case.answers(reader)
+    for answers in at_once(lambda: read_answers(case, backbone)):
+        _close(answers, alone, "threads that read at once get other answers", rtol=0.0, atol=0.0)
+    require(
+        not (found := traits(backbone).differing(before)),
+        f"reading changes {found}; _fold_into() may write only into what folds() names",
+    )
+
+
+@clause_of(ADAPTER_CHECKS)
+def failed_attach_leaves_nothing(case: AdapterCase) -> None:
+    """If attaching fails, also at its very end, the backbone is what it was."""
+    case.possible()
+    backbone = case.fresh()
+    before = traits(backbone)
+    adapter = get_adapter(copy.deepcopy(case.spec))
+    adapter._bind = partial(fail, adapter._bind)  # type: ignore[method-assign]
+    refusal(partial(adapter.attach, backbone), AdapterError, "attaching what fails")
+    require(
+        backbone.adapter is None and not (found := traits(backbone).differing(before)),
+        f"an attach that failed leaves {found or 'the adapter'} behind; do the work in _attach()",
+    )
 
 
 @clause_of(ADAPTER_CHECKS)
 def detaching_gives_back_the_base(case: AdapterCase) -> None:
     """After detach() the backbone is bit by bit the base, whatever was trained."""
-    backbone, adapter = case.moved(case.cell.folder, steps=2)
+    backbone = case.fresh()
+    before = traits(backbone)
+    adapter = load_adapter(case.cell.folder, backbone)
+    adapter.prepare(PLANNED)
+    train_steps(adapter, case.batch, optimizer_of(adapter), range(2))
     adapter.detach()
+    require(not (left := traits(backbone).differing(before)), f"detach() leaves {left} changed")
     state, plain = backbone.network.state_dict(), case.base.network.state_dict()
     require(same(state, plain), f"detach() leaves {differing(plain, state)} of the base changed")
     require(
@@ -236,6 +260,7 @@ def merging_keeps_the_answers(case: AdapterCase) -> None:
     """merge() leaves a plain network with the same answers; a method that cannot be merged is refused."""
     backbone, adapter = case.moved(case.cell.folder)
     before = case.answers(backbone)
+    shared = [(name, tensor.detach(), tensor.detach().clone()) for name, tensor in backbone.named_parameters()]
     if not adapter.mergeable:
         said = refusal(adapter.merge, AdapterError, "merging an adapter that is not mergeable")
         require("merged" in said, f"the refusal does not say what cannot be done: {said}")
@@ -251,6 +276,9 @@ def merging_keeps_the_answers(case: AdapterCase) -> None:
     require(same(state, plain.state_dict()) != case.trains, "merging changes no weight: the adapter's effect is lost")
     require(not any(p.requires_grad for p in backbone.parameters()), "something still trains after merge()")
     require(backbone.adapter is None, "the backbone still has an adapter after merge()")
+    require(backbone.merged == case.trains, "the backbone does not know that it is merged")
+    changed = [name for name, value, saved in shared if not torch.equal(value, saved)]
+    require(not changed, f"merging writes into {changed[:1]}, which other backbones may share; give it a new value")
 
 
 @clause_of(ADAPTER_CHECKS)

@@ -24,6 +24,7 @@ from ..units import EQUIVARIANCE
 from .cases import (
     BackboneCase,
     apart,
+    at_once,
     clone,
     differing,
     forecast_of,
@@ -33,6 +34,7 @@ from .cases import (
     quiet,
     rows,
     same,
+    traits,
     without_start,
 )
 from .contract import Clause, ContractError, clause_of, refusal, require
@@ -599,6 +601,27 @@ def forecast_changes_nothing(case: BackboneCase) -> None:
     torch.manual_seed(0)
     before = loss_of(backbone, case.batch)
     require(torch.equal(before, loss_of(case.base, case.batch)), "the loss is another one after a forecast")
+
+
+@clause_of(BACKBONE_CHECKS)
+def threads_forecast_the_same(case: BackboneCase) -> None:
+    """Threads that forecast at once, each with its own reader and generator, get what one gets alone."""
+    case.forecasts()
+    backbone = case.fresh()
+    before = traits(backbone)
+    batches = [case.batch, make_batch(case.base, seed=1, past=max(1, case.base.past_length // 2))]
+
+    def forecasts() -> list[Tensor]:
+        with backbone.reading() as reader:
+            return [forecast_of(reader, batch).values for batch in batches]
+
+    alone = forecasts()
+    for found in at_once(forecasts):
+        require(
+            all(torch.equal(left, right) for left, right in zip(found, alone, strict=True)),
+            "threads that forecast at once get other forecasts than one alone; keep what a call needs in variables",
+        )
+    require(not (found := traits(backbone).differing(before)), f"a reader changes {found} of the model that it is of")
 
 
 @clause_of(BACKBONE_CHECKS)

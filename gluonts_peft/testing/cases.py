@@ -7,9 +7,11 @@ import logging
 import re
 import shutil
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -21,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.base import Adapter, load_adapter
+from ..adapters.base import Adapter, AdapterError, load_adapter
 from ..backbone import Backbone, Trajectories
 from ..checkpoint import Checkpoint
 from ..registry import get_adapter
+from ..weights import same_bits
 
 if TYPE_CHECKING:
     from ..estimator import PeftEstimator
@@ -387,6 +390,58 @@ def differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> str:
     names = [name for name in left if name not in right or not torch.equal(left[name], right[name])]
     names += [name for name in right if name not in left]
     return f"{len(names)} tensors (first: {names[0]})" if names else "none"
+
+
+@dataclass
+class Traits:
+    """What reading must not change of a backbone."""
+
+    modules: list[tuple[str, int, type, bool]]
+    tensors: list[tuple[str, int, bool, Tensor, Tensor]]
+
+    def differing(self, before: Traits) -> str:
+        """Return the first thing that is not what it was, or an empty text."""
+        if self.modules != before.modules:
+            names = [entry[0] for entry in self.modules if entry not in before.modules]
+            return f"module {names[0]!r}" if names else "the modules"
+        if [entry[:3] for entry in self.tensors] != [entry[:3] for entry in before.tensors]:
+            return "the parameters and buffers"
+        for (name, *_, now, _), (*_, value) in zip(self.tensors, before.tensors, strict=True):
+            if not same_bits(now, value):
+                return f"tensor {name!r}"
+        return ""
+
+
+def traits(backbone: Backbone) -> Traits:
+    modules = [(name, id(module), type(module), module.training) for name, module in backbone.named_modules()]
+    named = (*backbone.named_parameters(), *backbone.named_buffers())
+    return Traits(
+        modules,
+        [(name, id(tensor), tensor.requires_grad, tensor.detach(), tensor.detach().clone()) for name, tensor in named],
+    )
+
+
+def at_once(call: Callable[[], Any], count: int = 3) -> list[Any]:
+    """Call a function in several threads that start together; return all results."""
+    barrier = threading.Barrier(count)
+
+    def one(_: int) -> Any:
+        barrier.wait()
+        return call()
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def read_answers(case: AdapterCase, backbone: Backbone) -> list[Tensor]:
+    with backbone.reading() as reader:
+        return case.answers(reader)
+
+
+def fail(done: Callable[..., Any], *arguments: Any) -> None:
+    """Do something, then fail."""
+    done(*arguments)
+    raise AdapterError("this attach fails at its end")
 
 
 def tensors_of(adapter: Adapter) -> Batch:

@@ -161,12 +161,8 @@ def forecasts(rounds: int = 3) -> None:
         options = {} if samples is None else {"num_samples": samples}
 
         def ours(backbone: Any = backbone, samples: int | None = samples, batch: Any = batch) -> None:
-            with backbone.inference():
-                if backbone.adapter is None:
-                    backbone.forecast(batch, num_samples=samples)
-                else:
-                    with backbone.adapter.fused():
-                        backbone.forecast(batch, num_samples=samples)
+            with backbone.reading() as reader:
+                reader.forecast(batch, num_samples=samples)
 
         def theirs(pipeline: Any = pipeline, options: Any = options, batch: Any = batch) -> None:
             # Chronos-2 takes several variates a series.
