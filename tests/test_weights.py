@@ -370,14 +370,16 @@ def test_the_base_keeps_its_type_whatever_the_precision(precision: str, spec: An
     )
     tuned = estimator.train(series())
     assert {tensor.dtype for tensor in tuned.backbone.parameters()} == {torch.float32}
-    tuned.serialize(tmp_path / "predictor")
-    again = PeftPredictor.deserialize(tmp_path / "predictor", device="cpu")
-    live = values(tuned.predict(series()))
-    # AdamW divides by zero in float16: what comes of it are no numbers, and the gate says so.
-    assert np.isfinite(live).all() == (precision != "16-true")
-    assert np.array_equal(values(again.predict(series())), live, equal_nan=True)
-    tuned.export(tmp_path / "model")
-    assert {tensor.dtype for tensor in estimator_of(tmp_path / "model").parameters()} == {torch.float32}
+    if precision == "16-true":
+        # AdamW divides by zero in float16: what comes of it is no number, and the gate had warned of it.
+        with pytest.raises(ValueError, match="finite"):
+            list(tuned.predict(series()))
+    else:
+        tuned.serialize(tmp_path / "predictor")
+        again = PeftPredictor.deserialize(tmp_path / "predictor", device="cpu")
+        assert np.array_equal(values(again.predict(series())), values(tuned.predict(series())))
+        tuned.export(tmp_path / "model")
+        assert {tensor.dtype for tensor in estimator_of(tmp_path / "model").parameters()} == {torch.float32}
     assert tuned.backbone.adapter is not None
     tuned.backbone.adapter.detach()
     zero_shot = forecast(deepcopy(base()), batch_size=tuned.batch_size)
