@@ -37,6 +37,7 @@ __all__ = [
     "as_integer",
     "check_regular",
     "delivering",
+    "foreign",
     "load_json",
     "locked",
     "opened",
@@ -293,6 +294,12 @@ def _is_left(partial: Path) -> bool:
         return False
 
 
+def foreign(folder: Path) -> list[str]:
+    """Return what is in a folder besides a lock and what killed processes have left unfinished."""
+    names = sorted(os.listdir(folder))
+    return [name for name in names if name != LOCK and not (name[0] == "." and name.endswith("partial"))]
+
+
 def _sync(path: Path) -> None:
     for each in [path] if path.is_file() else path.rglob("*"):
         if each.is_file():
@@ -427,12 +434,12 @@ def delivering(
     """
     # Nothing can be put in the place of what is mounted, and not everybody may write beside a folder of his own.
     folder = target.is_dir()
-    beside = any(target.iterdir()) if folder else False
+    beside = bool(os.listdir(target)) if folder else False
     within = folder and (beside or target.is_mount() or not os.access(target.absolute().parent, os.W_OK))
 
     def free() -> None:
         check()
-        if not names and target.is_dir() and set(os.listdir(target)) - {hidden.name}:
+        if not names and target.is_dir() and foreign(target):
             raise FolderInUse(f"folder '{target}' is in use; name a new one")
 
     with workshop(target, "partial", what, within=within) as hidden:

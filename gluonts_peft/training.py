@@ -10,7 +10,6 @@ import hashlib
 import logging
 import math
 import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .heads import FeatureCache, forecast_error, with_features
+from .processes import keeping_handler
 from .resume import SafeCheckpointIO, read_checkpoint
 from .weights import Snapshot
 from .windows import Windows
@@ -539,6 +539,7 @@ def fit(
             batches = [to_device(batch, torch.device("cpu")) for batch in shown]
             loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
             try:
+                _leave_sigterm(trainer)
                 with _interruptible():
                     trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
             finally:
@@ -625,17 +626,25 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Let Ctrl-C be a KeyboardInterrupt: Lightning makes it a SystemExit and leaves the signal ignored."""
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if main else None
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, handler)
+    with keeping_handler(signal.SIGINT):
+        try:
+            yield
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _leave_sigterm(trainer: pl.Trainer) -> None:
+    """Let SIGTERM do what it did before: Lightning would end the process with exit code 0, as if all were done."""
+    connector = trainer._signal_connector
+    register = connector.register_signal_handlers
+
+    def without_sigterm() -> None:
+        with keeping_handler(signal.SIGTERM):
+            register()
+
+    connector.register_signal_handlers = without_sigterm
 
 
 @contextmanager

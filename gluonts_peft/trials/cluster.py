@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
+from ..processes import keeping_handler
 from .spec import BASELINE, SpecError, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
@@ -106,7 +108,8 @@ def connected(address: str | None) -> Iterator[None]:
         if address is not None:
             try:
                 _knock(address)
-                ray.init(address=address, **quiet)
+                with keeping_handler(signal.SIGTERM):
+                    ray.init(address=address, **quiet)
             except (OSError, RuntimeError, ValueError) as error:
                 first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 raise ClusterError(f"Ray cluster {address!r}", [f"it does not answer: {first}"]) from error
@@ -118,7 +121,9 @@ def connected(address: str | None) -> Iterator[None]:
         # Sockets lie there, and their paths must be short.
         folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
         try:
-            ray.init(include_dashboard=False, object_store_memory=200_000_000, _temp_dir=folder, **quiet)
+            # Ray's own handler would end the process with exit code 15.
+            with keeping_handler(signal.SIGTERM):
+                ray.init(include_dashboard=False, object_store_memory=200_000_000, _temp_dir=folder, **quiet)
             yield
         finally:
             ray.shutdown()

@@ -10,16 +10,18 @@ import statistics
 import tempfile
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_atomically
-from .spec import SpecError, StudySpec, TrialResult, TrialSpec, read_record
+from ..files import foreign, locked, record, write_atomically
+from ..processes import end_with_parent, end_workers
+from .identity import trial_folder
+from .spec import SpecError, StudySpec, TrialResult, TrialSpec, from_record, read_record
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -30,7 +32,6 @@ Executor = Callable[[list[TrialSpec], Path, Callable[[list[TrialSpec]], None]], 
 __all__ = ["STUDY", "Estimate", "estimate", "expand", "read_study", "run_study", "trial_folder"]
 
 STUDY = "study.json"
-LOCK = ".lock"
 
 
 def expand(study: StudySpec) -> list[TrialSpec]:
@@ -106,11 +107,6 @@ def run_study(
     return [result for trial in trials if (result := results[trial.hash()]) is not None]
 
 
-def trial_folder(folder: Path, trial: TrialSpec) -> Path:
-    """Return where a trial of a study lies."""
-    return folder / "trials" / trial.hash()
-
-
 def read_study(folder: str | Path) -> StudySpec:
     """Read which study a folder holds.
 
@@ -119,11 +115,7 @@ def read_study(folder: str | Path) -> StudySpec:
     SpecError
         If it holds none, or ``study.json`` is damaged.
     """
-    record = read_record(folder, STUDY, "study")
-    try:
-        return StudySpec(**record)
-    except (ValueError, TypeError) as error:
-        raise SpecError(f"'{Path(folder) / STUDY}'", [str(error)]) from error
+    return from_record(StudySpec, Path(folder) / STUDY, read_record(folder, STUDY, "study"))
 
 
 @dataclass(frozen=True)
@@ -233,7 +225,7 @@ def _scaled(measured: TrialResult, trial: TrialSpec) -> float:
 
 def _claim(folder: Path, study: StudySpec, trials: list[TrialSpec]) -> None:
     _check_claim(folder, trials)
-    write_atomically(folder / STUDY, json.dumps(study.normal_form(), indent=1) + "\n")
+    write_atomically(folder / STUDY, json.dumps(record(study.normal_form()), indent=1) + "\n")
 
 
 def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
@@ -251,25 +243,8 @@ def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
             raise ValueError(
                 f"folder '{folder}' holds another study: of its trials {' and '.join(examples)}; name another folder"
             )
-    elif folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or foreign(folder)):
         raise ValueError(f"folder '{folder}' is in use and holds no study; name a new or empty one")
-
-
-@contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes from running a study or search in a folder, which is made, for the time of the context."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
-        try:
-            import fcntl
-
-            # The system takes it back when the process dies, however that happens.
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError:
-            raise ValueError(f"folder '{folder}' is in use by a {what} that is running") from None
-        yield
 
 
 def _check_usable(trials: list[TrialSpec]) -> None:
@@ -377,6 +352,10 @@ def _pool(
                 del running[future]
                 yield result
         return []
+    except BaseException:
+        # Asked to end: what is running goes on from its last epoch the next time.
+        end_workers(executor)
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -386,6 +365,7 @@ def _cores() -> int:
 
 
 def _start_worker(threads: int) -> None:
+    end_with_parent()
     # Read when torch and numpy are imported, which is after this.
     threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(threads)))
     import torch

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..files import write_atomically
+from ..files import NewerFormat, as_integer, record, typed, write_atomically
 from .space import SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, describe_adapter, read_record
+from .spec import SpecError, TrialResult, TrialSpec, describe_adapter, from_record, read_json, read_record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -70,14 +70,26 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.path = folder / PROPOSALS
         self.entries: list[Entry] = []
-        if self.path.is_file():
-            try:
-                self.entries = [Entry(**entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))]
-            except (ValueError, TypeError) as error:
-                raise SpecError(f"'{self.path}'", [f"it is damaged: {error}"]) from error
+        if not self.path.exists():
+            return
+        content = read_json(self.path)
+        # 0.1.0 wrote the bare list.
+        trials = content.get("trials") if isinstance(content, dict) else content
+        try:
+            if not isinstance(trials, list):
+                raise TypeError(f"trials is {trials!r}, not a list")
+            self.entries = [typed(Entry, entry, f"trial {number}") for number, entry in enumerate(trials)]
+            for number, entry in enumerate(self.entries):
+                if entry.number != number or not entry.key.isalnum():
+                    raise ValueError(f"trial {number} has the number {entry.number} and the key {entry.key!r}")
+        except NewerFormat as error:
+            raise SpecError(f"'{self.path}'", [f"it was {error}"]) from None
+        except (ValueError, TypeError) as error:
+            raise SpecError(f"'{self.path}'", [f"it is damaged: {error}"]) from error
 
     def write(self) -> None:
-        write_atomically(self.path, json.dumps([asdict(entry) for entry in self.entries], indent=1) + "\n")
+        content = record({"trials": [asdict(entry) for entry in self.entries]})
+        write_atomically(self.path, json.dumps(content, indent=1) + "\n")
 
 
 @dataclass
@@ -97,16 +109,26 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> Record:
         path = folder / EVALUATIONS
-        if not path.is_file():
+        if not path.exists():
             return cls(folder)
+        content = read_json(path)
         try:
-            return cls(folder, **json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise SpecError(f"'{path}'", [f"it is damaged: {error}"]) from error
+            found = typed(cls, {**content, "folder": folder}, "it")
+            for each in (*found.evaluations, *found.attempts):
+                as_integer(each["epochs"], "epochs", 0)
+            for scores in (*(each["scores"] for each in found.evaluations), found.final or {}):
+                for name, score in scores.items():
+                    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
+                        raise TypeError(f"score {name!r} is {score!r}, not a number")
+        except NewerFormat as error:
+            raise SpecError(f"'{path}'", [f"it was {error}"]) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SpecError(f"'{path}'", [f"it is damaged: {type(error).__name__}: {error}"]) from error
+        return found
 
     def write(self) -> None:
         form = {"evaluations": self.evaluations, "final": self.final, "attempts": self.attempts}
-        write_atomically(self.folder / EVALUATIONS, json.dumps(form, indent=1) + "\n")
+        write_atomically(self.folder / EVALUATIONS, json.dumps(record(form), indent=1) + "\n")
 
     @property
     def last(self) -> int:
@@ -128,11 +150,11 @@ def read_search(folder: str | Path) -> SearchSpec:
     SpecError
         If it holds none, or ``search.json`` is damaged.
     """
-    record = read_record(folder, SEARCH, "search")
-    try:
-        return SearchSpec(**record["spec"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise SpecError(f"'{Path(folder) / SEARCH}'", [str(error)]) from error
+    content = read_record(folder, SEARCH, "search")
+    path = Path(folder) / SEARCH
+    if not isinstance(content.get("spec"), dict):
+        raise SpecError(f"'{path}'", [f"spec is {content.get('spec')!r}, not a mapping"])
+    return from_record(SearchSpec, path, content["spec"])
 
 
 def ranking(folder: str | Path) -> pd.DataFrame:

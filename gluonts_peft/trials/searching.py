@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from ..files import write_atomically
+from ..files import foreign, locked, record, workshop, write_atomically
 from .cluster import (
     base_fingerprints,
     check_nodes,
@@ -35,7 +35,6 @@ from .cluster import (
     shared_folder,
     whereabouts,
 )
-from .grid import LOCK, locked
 from .records import (
     BEST,
     FAILED,
@@ -56,7 +55,7 @@ from .records import (
     value_at,
 )
 from .space import Proposer, SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, _merged
+from .spec import SpecError, TrialResult, TrialSpec, _merged, read_record
 
 if TYPE_CHECKING:
     from gluonts.model.predictor import Predictor
@@ -142,11 +141,10 @@ def _keep_best(frame: pd.DataFrame, folder: Path) -> None:
     best = frame[frame["status"] == FINISHED].head(1)
     if best.empty:
         return
-    partial = folder / f".{BEST}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(folder / best["folder"].iloc[0] / PREDICTOR, partial)
-    shutil.rmtree(folder / BEST, ignore_errors=True)
-    os.replace(partial, folder / BEST)
+    with workshop(folder / BEST, "partial", "search") as hidden:
+        shutil.copytree(folder / best["folder"].iloc[0] / PREDICTOR, hidden / BEST)
+        shutil.rmtree(folder / BEST, ignore_errors=True)
+        os.replace(hidden / BEST, folder / BEST)
     message = not_helped(frame)
     if message is not None:
         warnings.warn(TuningDidNotHelp(f"{message}; '{folder / BEST}' holds it all the same"), stacklevel=3)
@@ -172,7 +170,7 @@ def _claimed(folder: Path, spec: SearchSpec) -> Iterator[None]:
     if (folder / SEARCH).is_file():
         if not spec.same_trials(read_search(folder)):
             raise ValueError(f"folder '{folder}' holds another search; name another folder")
-    elif folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or foreign(folder)):
         raise ValueError(f"folder '{folder}' is in use and holds no search; name a new or empty one")
     with locked(folder, "search"):
         yield
@@ -222,7 +220,10 @@ class _Run:
             "code": self.code,
         }
         if path.is_file():
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = read_record(self.folder, SEARCH, "search")
+            for name in ("also", "weights", "code"):
+                if not isinstance(there.get(name) or {}, dict):
+                    raise SpecError(f"'{path}'", [f"{name} is {there[name]!r}, not a mapping"])
             if there.get("data") != self.data:
                 raise ValueError(
                     f"the data of the search in '{self.folder}' have changed; name another folder, or bring the earlier"
@@ -242,7 +243,7 @@ class _Run:
                     f"the search in '{self.folder}' was run with {_words(there.get('code'))}, here is"
                     f" {_words(self.code)}; name another folder, or install the earlier versions"
                 )
-        write_atomically(path, json.dumps(form, indent=1) + "\n")
+        write_atomically(path, json.dumps(record(form), indent=1) + "\n")
 
     def _settled(self, entry: Entry) -> bool:
         result = TrialResult.read(trial_folder(self.folder, entry.key))

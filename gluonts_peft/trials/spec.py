@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from ..files import write_atomically
+from ..files import NewerFormat, check_regular, load_json, opened, parse_yaml, record, write_atomically
 from ..registry import Registry, adapters, families, unknown
 
 __all__ = [
@@ -429,7 +429,7 @@ class TrialResult(_Spec):
 
     def write(self, folder: Path) -> None:
         """Write ``result.json`` into a folder, whole or not at all."""
-        write_atomically(folder / RESULT, json.dumps(self.normal_form(), indent=1) + "\n")
+        write_atomically(folder / RESULT, json.dumps(record(self.normal_form()), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> TrialResult | None:
@@ -441,12 +441,9 @@ class TrialResult(_Spec):
             If the file is damaged.
         """
         path = folder / RESULT
-        if not path.is_file():
+        if not path.exists():
             return None
-        try:
-            return cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise SpecError(f"'{path}'", [f"{error}; delete the file to run the trial again"]) from error
+        return from_record(cls, path, remedy="; delete the file to run the trial again")
 
 
 class StudySpec(_Spec):
@@ -528,18 +525,16 @@ def read_yaml(path: str | os.PathLike[str], what: str, keys: str) -> dict[str, A
     SpecError
         If the file is missing, is not YAML, or is no such mapping; the message names the keys.
     """
-    import yaml
-
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        form = yaml.safe_load(text)
-        repeated = _repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
+        check_regular(path)
+        form, root = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SpecError(f"{what} '{path}'", [f"it cannot be read: {error.strerror}"]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{what} '{path}'", [f"it is not YAML: {error}"]) from error
-    if repeated:
+    except ValueError as error:
+        reason = str(error) if str(error).startswith("it ") else f"it is not YAML: {error}"
+        raise SpecError(f"{what} '{path}'", [reason]) from error
+    if repeated := _repeated_keys(root):
         raise SpecError(f"{what} '{path}'", repeated)
     if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
         raise SpecError(f"{what} '{path}'", [f"expected a mapping with the keys {keys}"])
@@ -580,13 +575,49 @@ def read_record(folder: str | Path, name: str, what: str) -> dict[str, Any]:
         If there is none, or it is not JSON.
     """
     path = Path(folder) / name
-    if not path.is_file():
+    if not path.exists():
         raise SpecError(f"folder '{folder}'", [f"it has no {name}; name the folder of a {what}"])
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise SpecError(f"'{path}'", [f"it holds a {type(content).__name__}, not a mapping"])
+    return content
+
+
+def read_json(path: Path, remedy: str = "") -> Any:
+    """Read a JSON record of a study, a search or a trial, without the number of its format.
+
+    Raises
+    ------
+    SpecError
+        If it is damaged, or written by a newer version.
+    """
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return opened(load_json(path))
+    except NewerFormat as error:
+        raise SpecError(f"'{path}'", [f"it was {error}"]) from None
+    except OSError as error:
+        raise SpecError(f"'{path}'", [f"it cannot be read: {error.strerror}{remedy}"]) from error
     except ValueError as error:
-        raise SpecError(f"'{path}'", [str(error)]) from error
-    return record
+        raise SpecError(f"'{path}'", [f"{error}{remedy}"]) from error
+
+
+_S = TypeVar("_S", bound=_Spec)
+
+
+def from_record(kind: type[_S], path: Path, content: Any = None, remedy: str = "") -> _S:
+    """Build a spec or result from a JSON record, see :func:`read_json`, or from a part of it."""
+    content = read_json(path, remedy) if content is None else content
+    try:
+        return kind(**content)
+    except SpecError as error:
+        newer = [fault for fault in error.faults if "option " in fault and " is unknown" in fault]
+        if newer:
+            raise SpecError(
+                f"'{path}'", [f"it was written by a newer version of gluonts-peft ({newer[0]}): update it"]
+            ) from error
+        raise SpecError(f"'{path}'", [f"{fault}{remedy}" for fault in error.faults]) from error
+    except (ValueError, TypeError) as error:
+        raise SpecError(f"'{path}'", [f"{error}{remedy}"]) from error
 
 
 def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> StudySpec:

@@ -1,0 +1,107 @@
+"""How processes end: asked to by a signal, and together with the process that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["Terminated", "end_with_parent", "end_workers", "keeping_handler", "terminable"]
+
+_PR_SET_PDEATHSIG = 1
+# Systems that ask twice mean it once; after that a second request is one to end at once.
+_ONCE = 2.0
+
+
+class Terminated(BaseException):  # noqa: N818
+    """The process was asked to end, by SIGTERM or SIGHUP; like KeyboardInterrupt it is no error.
+
+    Parameters
+    ----------
+    number
+        Of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
+
+    @property
+    def exit_code(self) -> int:
+        """What shells and schedulers expect: 143 for SIGTERM."""
+        return 128 + self.number
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within the context SIGTERM and SIGHUP raise :class:`Terminated`, so that what is unfinished is put in order.
+
+    Only what would end the process anyway is replaced: not the handlers of others, not a signal that is ignored, as
+    ``nohup`` does, and nothing at all outside of the main thread.
+    """
+    asked: list[float] = []
+
+    def end(number: int, frame: Any) -> None:
+        if asked and time.monotonic() - asked[0] < _ONCE:
+            return
+        if asked:
+            os._exit(128 + number)
+        asked.append(time.monotonic())
+        raise Terminated(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def keeping_handler(number: int) -> Iterator[None]:
+    """Put the handler of a signal back that a library replaces within the context, if this is the main thread."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(number) if main else None
+    try:
+        yield
+    finally:
+        if main and handler is not None:
+            signal.signal(number, handler)
+
+
+def end_with_parent() -> None:
+    """Let this process, a worker of ``multiprocessing``, end when the one that started it does, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        # At once, whatever this process is in the middle of.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+def end_workers(executor: ProcessPoolExecutor) -> None:
+    """End the processes of a pool without waiting for what they are doing."""
+    for process in list((getattr(executor, "_processes", None) or {}).values()):
+        process.terminate()

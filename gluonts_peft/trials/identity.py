@@ -1,0 +1,43 @@
+"""Where a trial lies: found again by what its spec says, whatever version gave its folder a name.
+
+A folder is called by the hash of its spec, which spells all defaults out: an option that a new version adds changes the
+hash of every trial. So a finished trial is known by its result, whose spec is read, filled with the defaults of today,
+and compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .spec import RESULT, SpecError, TrialResult, TrialSpec
+
+__all__ = ["trial_folder"]
+
+# Results that were looked at: path -> when it was written, and the hash of its spec today, if it is finished.
+_seen: dict[Path, tuple[int, str | None]] = {}
+
+
+def trial_folder(folder: Path, trial: TrialSpec) -> Path:
+    """Return where a trial of a study lies, or is to lie if it has not finished yet."""
+    own = folder / "trials" / trial.hash()
+    if (own / RESULT).exists():
+        return own
+    return next((path for path in _others(folder) if _finished(path / RESULT) == trial.hash()), own)
+
+
+def _others(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"trials/*/{RESULT}"))
+
+
+def _finished(path: Path) -> str | None:
+    """Return the hash of the spec of a result, as it is today; None of one that failed or cannot be read."""
+    try:
+        written = path.stat().st_mtime_ns
+        if path not in _seen or _seen[path][0] != written:
+            result = TrialResult.read(path.parent)
+            finished = result is not None and result.status == "finished"
+            _seen[path] = (written, result.spec.hash() if finished and result is not None else None)
+    except (OSError, SpecError):
+        # Whoever asks for that very trial learns what is wrong with it.
+        return None
+    return _seen[path][1]
