@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from .files import delivering
 from .registry import unknown
 from .series.calendar import Calendar, calendar_of, dated, stamp_table, stamps_of
 from .series.writing import repeated, write_columns
@@ -621,10 +622,11 @@ def write_detections(
         "threshold": np.repeat([detection.threshold for detection in detections], counts),
     }
     figure = _plot(detections[:plots], entries)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_columns(points, folder / "scores.csv", ".csv")
-    write_columns(events, folder / "events.csv", ".csv")
-    figure.savefig(folder / "plot.png", dpi=100)
+    with delivering(folder, "detect") as part:
+        part.mkdir()
+        write_columns(points, part / "scores.csv", ".csv")
+        write_columns(events, part / "events.csv", ".csv")
+        figure.savefig(part / "plot.png", dpi=100)
 
 
 def _plot(detections: Sequence[Detection], entries: Sequence[Mapping[str, Any]]) -> Any:

@@ -1,17 +1,19 @@
 """The command line: a function a verb, which parses, calls the library and prints.
 
 Exit codes: 0 done, 1 a defect of the program or failed trials, 2 wrong input, 3 tuning did not help (``fit --gate
-raise``), 130 Ctrl-C. What takes long to import is imported inside the verbs, so that ``--help`` answers at once.
+raise``), 130 Ctrl-C, 143 SIGTERM. What takes long to import is imported inside the verbs, so that ``--help`` answers at
+once.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,9 +74,13 @@ class _Group(TyperGroup):
     """Turns what a verb raises into one line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
+        from .processes import Terminated, terminable
+
         try:
-            with _one_line_warnings():
+            with _one_line_warnings(), terminable():
                 return super().invoke(ctx)
+        except Terminated as error:
+            code, line = error.exit_code, f"terminated ({error}); {_remedy(ctx, error)}"
         except KeyboardInterrupt:
             code, line = 130, "interrupted"
         except SystemExit as error:
@@ -92,6 +98,15 @@ class _Group(TyperGroup):
                 code, line = 1, f"error: {type(error).__name__}: {error} (unexpected; --debug shows where)"
         _say(line, stderr=True)
         raise typer.Exit(code)
+
+
+def _remedy(ctx: Any, error: BaseException) -> str:
+    """Say how to go on after an interruption."""
+    if getattr(error, "resumable", False):
+        return "repeat the command with --resume to go on after the last epoch that was finished"
+    if ctx.invoked_subcommand in ("study", "search", "demo"):
+        return "what was finished is in --out: repeat the command to go on"
+    return "nothing was written: repeat the command"
 
 
 app = typer.Typer(
@@ -163,21 +178,23 @@ def _adapter(text: str) -> Any:
 def _json(option: str, text: str, example: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
+    from .files import parse_json
+
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{option} {text!r} is not JSON: {error}; write e.g. '{example}'") from None
 
 
 def _override(text: str) -> tuple[str, Any]:
-    import yaml
+    from .files import parse_yaml
 
     path, equals, value = text.partition("=")
     if not (path and equals):
         raise ValueError(f"--set {text!r} is not path=value; write e.g. --set context_length=72")
     try:
-        return path, yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        return path, parse_yaml(value)[0]
+    except ValueError as error:
         raise ValueError(f"--set {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -378,6 +395,7 @@ def fit(
         except TuningDidNotHelp as error:
             _say(f"error: {error}", stderr=True)
             raise typer.Exit(3) from None
+        _take_out(out)
         predictor.serialize(out)
     backbone, run = predictor.backbone, predictor.fit
     kind = "zero-shot" if backbone.adapter is None else "tuned"
@@ -394,28 +412,99 @@ def fit(
     )
 
 
+_PREDICTOR = ("adapter", "predictor.json", "gluonts-config.json")
+
+
 @contextmanager
 def _new_folder(out: Path, resume: bool) -> Iterator[Path]:
-    """Refuse a folder in use; lend its subfolder for training, and leave nothing there but what can be resumed."""
+    """Claim a folder that is not in use; lend its subfolder for training, and leave nothing but what can be resumed.
+
+    The checkpoint of the training goes last of all, so that a run that is killed at any moment can be resumed.
+    """
+    from .files import LOCK, foreign, locked
+
+    training = out / "training"
+    last = training / "last.ckpt"
+
+    def check() -> None:
+        there = foreign(training) if training.is_dir() else []
+        interrupted = last.name in there or (training / "series").is_dir()
+        if (out / _PREDICTOR[-1]).exists() and not (last.name in there and resume):
+            raise FileExistsError(f"--out {out} already holds a predictor; name another folder")
+        ours = {training.name, *(_PREDICTOR if interrupted else ())}
+        others = set(foreign(out)) - ours if out.is_dir() else out.exists()
+        if others or (there and not (interrupted and resume)):
+            remedy = ", or go on with its interrupted run: --resume" if interrupted else ""
+            raise FileExistsError(f"--out {out} is in use; name a new folder{remedy}")
+
+    made = [place for place in (training, out, *out.parents) if not place.exists()]
+    if not (training / LOCK).exists():
+        # Else whoever may be running there says more than what is there.
+        check()
+    with _undoing([training, *made]), locked(training, "fit", out):
+        claimed = False
+        try:
+            check()
+            claimed = True
+            yield training
+        except BaseException as error:
+            error.resumable = last.exists()  # type: ignore[attr-defined]
+            if (claimed and not last.exists()) or not foreign(training):
+                _remove(training)
+            raise
+        _remove(training, last)
+
+
+@contextmanager
+def _undoing(made: list[Path]) -> Iterator[None]:
+    """Remove the folders that were made, the innermost first, as far as they are empty at the end."""
+    try:
+        yield
+    finally:
+        for place in made:
+            with suppress(OSError):
+                place.rmdir()
+
+
+def _remove(training: Path, last: Path | None = None) -> None:
     import shutil
 
-    if (out / "gluonts-config.json").exists():
-        raise FileExistsError(f"--out {out} already holds a predictor; name another folder")
-    training, existed = out / "training", out.exists()
-    interrupted = (training / "series").is_dir()
-    if existed and not (interrupted and resume) and (not out.is_dir() or any(out.iterdir())):
-        remedy = ", or go on with its interrupted run: --resume" if interrupted else ""
-        raise FileExistsError(f"--out {out} is in use; name a new folder{remedy}")
-    try:
-        yield training
-    except BaseException:
-        if not (training / "last.ckpt").exists():
-            shutil.rmtree(training if existed else out, ignore_errors=True)
-        raise
-    shutil.rmtree(training, ignore_errors=True)
+    for path in sorted(training.iterdir(), key=lambda path: (path == last, path.name == ".lock")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _take_out(out: Path) -> None:
+    """Remove the predictor that a run which was killed while it delivered it has left, to be delivered again."""
+    import shutil
+
+    for path in (out / name for name in reversed(_PREDICTOR)):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _claiming(verb: Callable[..., None]) -> Callable[..., None]:
+    """Refuse what another process is about to write to ``--out``, before anything is computed."""
+
+    @functools.wraps(verb)
+    def claimed(**arguments: Any) -> None:
+        from .files import workshop
+
+        out: Path | None = arguments["out"]
+        if out is None or not out.absolute().parent.is_dir():
+            return verb(**arguments)
+        with workshop(out, "claim", verb.__name__):
+            return verb(**arguments)
+
+    return claimed
 
 
 @app.command(epilog=_example("forecast recent.csv --model model --out forecasts.csv"))
+@_claiming
 @reads_data
 def forecast(
     data: Data,
@@ -444,6 +533,7 @@ def forecast(
 
 
 @app.command(epilog=_example("backtest test.csv --model model --windows 3 --out scores.csv"))
+@_claiming
 @reads_data
 def backtest(
     data: Data,
@@ -475,6 +565,7 @@ def backtest(
 
     from .backtesting import SeasonalNaive
     from .backtesting import backtest as score
+    from .files import delivering
     from .series.season import season_length
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
@@ -502,13 +593,15 @@ def backtest(
             scores[name] = score(SeasonalNaive(predictor.prediction_length, steps), dataset, **common)
     frame = pd.concat(scores.values(), keys=scores.keys()).droplevel(1)
     if out is not None:
-        frame.to_csv(out, index_label="model")
+        with delivering(out, "backtest") as part:
+            frame.to_csv(part, index_label="model")
     title = f"{counts['windows']} windows of {counts['series']} series, {predictor.prediction_length} steps each"
     rows = [(metric, *(f"{value:.4g}" for value in column)) for metric, column in frame.items()]
     _table(("metric", *frame.index), rows, title, right=1)
 
 
 @app.command(epilog=_example("detect ward.csv --family moment --calibration 0.25 --out anomalies"))
+@_claiming
 @reads_data
 def detect(
     data: Data,
@@ -622,6 +715,7 @@ def _reconstructs(family: str | None) -> bool:
 
 
 @app.command(epilog=_example("impute ward.csv --out filled.csv"))
+@_claiming
 @reads_data
 def impute(
     data: Data,
@@ -783,6 +877,7 @@ def search(
 def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved predictor or adapter.")]) -> None:
     """Say what a saved predictor or adapter is."""
     from .adapters.base import RECORD
+    from .files import NewerFormat, load_json, opened
     from .predictor import CONFIG
     from .training import Gate
 
@@ -790,7 +885,7 @@ def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved 
     if file is None:
         raise FileNotFoundError(f"{str(folder)!r} holds neither a predictor ({CONFIG}) nor an adapter ({RECORD})")
     try:
-        record = json.loads(file.read_text())
+        record = opened(load_json(file))
         base, run = record["base"], record.get("fit")
         lengths = [(name, record[name]) for name in ("prediction_length", "context_length") if name in record]
         facts = [
@@ -804,6 +899,8 @@ def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved 
             ("gate", Gate(**run["gate"]) if run else "-"),
             ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         ]
+    except NewerFormat as error:
+        raise ValueError(f"{str(file)!r} was {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from None
     facts.append(("adapter on disk", f"{sum(path.stat().st_size for path in folder.rglob('*.safetensors')):,} bytes"))

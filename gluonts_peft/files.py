@@ -127,7 +127,8 @@ def load_json(path: Path, *, limit: int = _LIMIT) -> Any:
         does not name the file.
     """
     with _open_regular(path) as file:
-        data = file.read(limit + 1)
+        # A buffer of that size is taken at once.
+        data = file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
     if len(data) > limit:
         raise ValueError(f"it has more than {limit:,} bytes, which no file of its kind has")
     return parse_json(data.decode("utf-8-sig"))
@@ -176,7 +177,7 @@ def parse_yaml(text: str) -> tuple[Any, Any]:
         _measure(root)
         return yaml.safe_load(text), root
     except (yaml.YAMLError, OverflowError, TypeError) as error:
-        raise ValueError(f"it is not YAML: {error}") from error
+        raise ValueError(str(error)) from error
     except RecursionError:
         raise ValueError(f"it is nested more than {_DEPTH} deep") from None
 

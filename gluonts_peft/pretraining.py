@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .files import write_atomically
 from .synthetic import sample_series
 
 __all__ = ["Recipe", "pretrain", "run"]
@@ -138,7 +139,7 @@ def pretrain(
         report = {"name": name, **found, "recipe": asdict(recipe), "log": log}
         out.mkdir(parents=True, exist_ok=True)
         (save or _save_pretrained)(average.module, out)
-        (out / "pretraining.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_atomically(out / "pretraining.json", json.dumps(report, indent=1) + "\n")
         return report
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)

@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .files import write_atomically
+from .files import load_json, write_atomically
 
 __all__ = ["FEATURES", "LastWindows", "Layout", "SeriesStore", "Skipped", "Windows", "context_batches"]
 
@@ -257,8 +257,12 @@ class SeriesStore:
         again = "write it again with SeriesStore.from_dataset(dataset, folder)"
         if not (folder / _INDEX).exists():
             raise FileNotFoundError(f"folder '{folder}' holds no complete series store, {_INDEX} is missing: {again}")
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        found = index.pop("format", None)
+        try:
+            # It grows with the number of series.
+            index = load_json(folder / _INDEX, limit=1 << 30)
+            found = index.pop("format", None)
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"series store '{folder}' is damaged, {_INDEX}: {error}: {again}") from error
         if found not in (_FORMAT, _WITH_REST):
             raise ValueError(f"series store '{folder}' has format {found}, this version reads {_FORMAT}: {again}")
         offsets = np.load(folder / _OFFSETS, allow_pickle=False)

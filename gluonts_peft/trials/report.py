@@ -18,7 +18,7 @@ from ..files import write_atomically
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
 from .grid import expand, read_study, trial_folder
 from .sections import PLURAL, Section, curves_of, rank_section, sections_of, tests_of
-from .spec import StudySpec, TrialResult, TrialSpec
+from .spec import StudySpec, TrialResult, TrialSpec, read_json
 from .tables import (
     ADAPTER,
     BETTER,
@@ -524,5 +524,5 @@ def _shown(rows: list[Row], folder: Path) -> dict[str, list[dict[str, Any]]]:
         result = row.finished[0]
         path = trial_folder(folder, result.spec) / EXAMPLES
         if path.is_file():
-            shown[row.method] = json.loads(path.read_text(encoding="utf-8"))
+            shown[row.method] = read_json(path)
     return shown

@@ -28,7 +28,7 @@ from gluonts.model.predictor import Predictor
 from numpy.typing import NDArray
 
 from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
-from ..files import write_atomically
+from ..files import replacing, write_atomically
 from ..registry import get_estimator
 from ..series.calendar import calendar_of, first_stamp
 from ..series.season import season_length
@@ -147,7 +147,8 @@ def run_trial(
     test = _visible(data.test, spec, spec.data, visible_context)
     scores, windows = _score(remembered, test, spec.data)
     folder.mkdir(parents=True, exist_ok=True)
-    windows.to_parquet(folder / WINDOWS, index=False)
+    with replacing(folder / WINDOWS) as part:
+        windows.to_parquet(part, index=False)
     examples = _examples(remembered.forecasts, test, windows["MAE[0.5]"].to_numpy())
     write_atomically(folder / EXAMPLES, json.dumps(examples))
     elsewhere: dict[str, float | None] = {}
@@ -155,7 +156,8 @@ def run_trial(
     for name, other in spec.also.items():
         further = _Remembered(predictor)
         found_there, each = _score(further, _visible(others[name].test, spec, other, visible_context), other)
-        each.to_parquet(folder / windows_file(name), index=False)
+        with replacing(folder / windows_file(name)) as part:
+            each.to_parquet(part, index=False)
         elsewhere |= {f"{name}/{metric}": _finite(value) for metric, value in found_there.iloc[0].items()}
     skipped = {f"skipped_{reason}": count for reason, count in scores.attrs["skipped"].items()}
     skipped["skipped_nothing_seen"] = len(data.test) - len(test)

@@ -7,7 +7,6 @@ import inspect
 import itertools
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import delivering, load_json, opened, workshop
 from ..series.table import split_by_item
 from .simulate import patient_of
 from .stays import PRESSURES, DataEntry, Stays
@@ -73,7 +73,9 @@ def write(
     _check_split(fractions, seed)
     out = Path(out)
     wanted = tuple(stays.vitals if vitals is None else vitals)
-    with _appearing(out) as folder:
+    _check_new(out)
+    with delivering(out, "conversion") as folder:
+        folder.mkdir()
         rows = folder / "series.arrow"
         patients = _write_all(stays, wanted, rows, progress)
         if not patients:
@@ -155,7 +157,7 @@ def convert(
     check_steps(steps, {} if options is None else options, read, freq)
     _check_split(fractions, seed)
     _check_new(Path(out))
-    with _hidden(Path(out)) as scratch:
+    with workshop(Path(out), "reading", "conversion") as scratch:
         stays = load(folder, vitals=read, scratch=scratch, progress=progress, **loading)
         return write(
             prepare(stays, steps, options), out, vitals=vitals, fractions=fractions, seed=seed, progress=progress
@@ -169,8 +171,8 @@ def find_manifest(path: Path) -> tuple[Path, dict[str, Any]] | None:
         file = folder / MANIFEST
         if file.is_file():
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-            except ValueError:
+                content = opened(load_json(file))
+            except (OSError, ValueError):
                 continue
             # Another program's file may have the name.
             if isinstance(content, dict) and {"vitals", "parts", "sources"} <= set(content):
@@ -191,33 +193,6 @@ def _check_split(fractions: Sequence[float] | None, seed: int) -> None:
     if len(fractions) != len(PARTS):
         raise ValueError(f"fractions {tuple(fractions)} must be three, of {', '.join(PARTS)}")
     split_by_item([{"item_id": part} for part in PARTS], fractions=fractions, seed=seed)
-
-
-@contextlib.contextmanager
-def _hidden(out: Path) -> Iterator[Path]:
-    """Lend a hidden folder beside another, on the same file system."""
-    made = [parent for parent in out.absolute().parents if not parent.exists()]
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.absolute().parent) as folder:
-            yield Path(folder)
-    except BaseException:
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """Lend a folder that takes its place only after all went well."""
-    _check_new(out)
-    with _hidden(out) as hidden:
-        # A folder of its own: the hidden one can be read by nobody else.
-        part = hidden / "part"
-        part.mkdir()
-        yield part
-        os.replace(part, out)
 
 
 def _write_all(stays: Stays, vitals: Sequence[str], path: Path, progress: bool) -> list[str]:
