@@ -72,12 +72,11 @@ class Journal:
         self.entries: list[Entry] = []
         if not self.path.exists():
             return
-        content = read_json(self.path)
-        # 0.1.0 wrote the bare list.
-        trials = content.get("trials") if isinstance(content, dict) else content
+        # A bare list: its format is that of the search, which says it.
+        trials = read_json(self.path)
         try:
             if not isinstance(trials, list):
-                raise TypeError(f"trials is {trials!r}, not a list")
+                raise TypeError(f"it holds a {type(trials).__name__}, not a list")
             self.entries = [typed(Entry, entry, f"trial {number}") for number, entry in enumerate(trials)]
             for number, entry in enumerate(self.entries):
                 if entry.number != number or not entry.key.isalnum():
@@ -88,8 +87,7 @@ class Journal:
             raise SpecError(f"'{self.path}'", [f"it is damaged: {error}"]) from error
 
     def write(self) -> None:
-        content = record({"trials": [asdict(entry) for entry in self.entries]})
-        write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+        write_atomically(self.path, json.dumps([asdict(entry) for entry in self.entries], indent=1) + "\n")
 
 
 @dataclass

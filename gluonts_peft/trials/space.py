@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from ..registry import unknown
-from .spec import BASELINE, SpecError, TrialSpec, _merged, _Spec, read_yaml
+from .spec import BASELINE, SpecError, TrialSpec, _merged, _Spec, mapping_of, read_yaml
 
 __all__ = [
     "Proposer",
@@ -361,6 +361,8 @@ class SearchSpec(_Spec):
                 if name not in earlier:
                     yield f"space {path!r}: when names {name!r}, which is not an earlier path of the space"
                     continue
+                if not _several(allowed):
+                    yield f"space {path!r}: when has no value for {name!r}; name at least one"
                 for value in _several(allowed):
                     categories = self.space[name].categories
                     if categories is not None and value not in categories:
@@ -619,6 +621,7 @@ def load_search(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
     """
     form = read_yaml(path, "search", "base, space, objective and num_samples")
     try:
+        mapping_of(form, "space", "search", "paths and spaces")
         return SearchSpec(**_overridden(form, overrides or {}))
     except SpecError as error:
         raise SpecError(f"search '{path}'", error.faults) from None

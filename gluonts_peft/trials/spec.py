@@ -501,7 +501,8 @@ class StudySpec(_Spec):
         shared = ("prediction_length", "context_length", "data", "seed", "also")
         for name in self.baselines:
             for form in self.forms():
-                training = form.get("training", {})
+                # What is no mapping is a fault of the trials themselves.
+                training = form["training"] if isinstance(form.get("training"), dict) else {}
                 kept = {key: training[key] for key in _SHARED_TRAINING if key in training}
                 yield {
                     "family": BASELINE,
@@ -539,6 +540,20 @@ def read_yaml(path: str | os.PathLike[str], what: str, keys: str) -> dict[str, A
     if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
         raise SpecError(f"{what} '{path}'", [f"expected a mapping with the keys {keys}"])
     return form
+
+
+def mapping_of(form: Mapping[str, Any], name: str, what: str, holds: str) -> dict[str, Any]:
+    """Return a copy of the part of a file that is a mapping, empty if it is not there.
+
+    Raises
+    ------
+    SpecError
+        If it is something else.
+    """
+    part = form.get(name)
+    if part is not None and not isinstance(part, dict):
+        raise SpecError(what, [f"{name} {part!r} is not a mapping of {holds}"])
+    return dict(part or {})
 
 
 def _repeated_keys(root: Any) -> list[str]:
@@ -639,7 +654,7 @@ def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
         If the file is missing, is not YAML, or holds or gets anything that cannot be used; all faults are listed.
     """
     form = read_yaml(path, "study", "base, grid, baselines and title")
-    grid = dict(form.get("grid") or {})
+    grid = mapping_of(form, "grid", f"study '{path}'", "paths and lists of values")
     changes = {}
     for name, value in (overrides or {}).items():
         if name in ("title", "baselines", "baseline_training"):
