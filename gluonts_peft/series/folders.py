@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..files import load_json
 from .calendar import Calendar, Stamps, period_freq, with_calendar
 from .grid import GIVE_FREQ, calendars_of_starts
 
@@ -56,7 +56,7 @@ def _metadata_freq(folder: Path) -> tuple[str, Path] | None:
     for file in (folder / "metadata.json", folder.parent / "metadata.json"):
         if file.is_file():
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
+                content = load_json(file)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"'{file}' is not JSON: {error}; repair it, or {GIVE_FREQ} and remove it") from None
             if isinstance(content, dict) and isinstance(content.get("freq"), str):
