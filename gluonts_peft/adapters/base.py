@@ -7,6 +7,7 @@ checkpoint and fingerprint, versions), and for methods of PEFT also ``adapter_co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
@@ -335,8 +336,22 @@ class Adapter(ABC):
         self._write_record(folder, backbone)
 
     def _write_record(self, folder: Path, backbone: Backbone, **more: Any) -> None:
-        content = {"adapter": self.spec, "base": asdict(backbone.source), "versions": versions(), **more}
+        content = {
+            "adapter": self.spec,
+            "base": asdict(backbone.source),
+            "versions": versions(),
+            **({"sha256": self._digest(folder / TENSORS)} if (folder / TENSORS).exists() else {}),
+            **more,
+        }
         write_atomically(folder / RECORD, json.dumps(record(content), indent=1) + "\n")
+
+    def _digest(self, tensors: Path) -> str:
+        """Return the SHA-256 of the adapter's options and of the file with its tensors."""
+        digest = hashlib.sha256(json.dumps(self.spec, sort_keys=True).encode())
+        with tensors.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
 
     def _write_config(self, folder: Path) -> None:
         """Write further configuration files; most adapters have none."""
@@ -347,9 +362,20 @@ class Adapter(ABC):
         Raises
         ------
         AdapterError
-            If the file is missing or damaged, or its tensors do not fit.
+            If the file is missing or damaged, or its tensors do not fit, or they or the options are not those that were
+            saved.
         """
-        self.load_state_dict(read_tensors(Path(folder) / TENSORS))
+        path = Path(folder) / TENSORS
+        tensors = read_tensors(path)
+        stored = read_adapter_record(Path(folder)).get("sha256") if (Path(folder) / RECORD).exists() else None
+        if stored is not None and stored != self._digest(path):
+            # What does not fit at all is said more exactly.
+            check_fit(self.state_dict(), tensors, self)
+            raise AdapterError(
+                f"adapter {self!r} in {str(folder)!r} is not what was saved: its tensors or its options were changed or"
+                f" damaged since; fetch it again, or remove {RECORD} to open what is there as an adapter of plain PEFT"
+            )
+        self.load_state_dict(tensors)
         return self
 
 
@@ -376,8 +402,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def copy_into(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], owner: object) -> None:
-    """Copy stored tensors into their places; names and shapes must agree exactly.
+def check_fit(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], owner: object) -> None:
+    """Make sure that stored tensors and their places agree in names and shapes.
 
     Raises
     ------
@@ -397,6 +423,11 @@ def copy_into(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], owner:
                 f"stored tensor {name!r} has shape {tuple(state[name].shape)}, adapter {owner!r} needs"
                 f" {tuple(target.shape)}; was it saved with other options or on another base?"
             )
+
+
+def copy_into(targets: Mapping[str, Tensor], state: Mapping[str, Tensor], owner: object) -> None:
+    """Copy stored tensors into their places, after :func:`check_fit`."""
+    check_fit(targets, state, owner)
     with torch.no_grad():
         for name, target in targets.items():
             # Not into `target.data`, whose changes are not counted: readers would not notice.

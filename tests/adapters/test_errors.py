@@ -248,6 +248,38 @@ def test_truncated_adapter(spec: Any, keep: int, tmp_path: Path) -> None:
     assert_untouched(backbone)
 
 
+@pytest.mark.parametrize("spec", ["lora", "bitfit", ["layernorm", "lora"]], ids=str)
+def test_tensors_that_changed_on_the_disk(spec: Any, tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", spec)
+    file = (folder / "lora" if isinstance(spec, list) else folder) / "adapter_model.safetensors"
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    backbone = fresh()
+    for number in range(0, (len(content) - header) // 4, (len(content) - header) // 20):
+        # A low bit of a number: a small change, and finite.
+        changed = bytearray(content)
+        changed[header + 4 * number + 1] ^= 1
+        file.write_bytes(bytes(changed))
+        message = failure(load_adapter, folder, backbone, kind=AdapterError)
+        assert "is not what was saved: its tensors or its options were changed or damaged since" in message
+        assert str(file.parent) in message
+        assert_untouched(backbone)
+    file.write_bytes(content)
+    load_adapter(folder, backbone)
+
+
+def test_options_that_changed_on_the_disk(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "adapter", {"name": "lora", "r": 2, "lora_alpha": 8})
+    path = folder / "gluonts_peft.json"
+    record = json.loads(path.read_text())
+    record["adapter"]["lora_alpha"] = 9
+    path.write_text(json.dumps(record))
+    assert "is not what was saved" in failure(load_adapter, folder, fresh(), kind=AdapterError)
+    # What the message advises.
+    path.unlink()
+    assert load_adapter(folder, fresh()).options["lora_alpha"] == 8
+
+
 @pytest.mark.parametrize("spec", ["vera", "full"])
 def test_adapter_without_its_tensors(spec: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "adapter", spec)
