@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
 from .registry import families
 from .series.calendar import dated
+from .series.entries import Door, nothing_seen
+from .series.season import unit_of
 from .training import Fit, Gate, resolve_device, to_device
 from .units import refuse_nonfinite
 from .weights import Snapshot
@@ -58,6 +61,9 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
     prediction_length
         Steps to hand over of those that the model forecasts; all of them if None.
+    freq
+        Frequency of the data that the model was tuned on, as ``pandas.Period`` spells it; other data are refused. None,
+        as of pretrained models, takes any.
 
     Raises
     ------
@@ -76,6 +82,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         seed: int = 0,
         device: str = "auto",
         prediction_length: int | None = None,
+        freq: str | None = None,
     ) -> None:
         own = backbone.prediction_length
         if prediction_length is not None and not 0 < prediction_length <= own:
@@ -86,6 +93,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         self.fit = fit
         self.batch_size = batch_size
         self.seed = seed
+        self.freq = freq
 
     def __repr__(self) -> str:
         return f"PeftPredictor({self.backbone!r}, prediction_length={self.prediction_length})"
@@ -100,7 +108,14 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         """Scores of zero-shot and tuned on the validation windows, if this predictor was trained."""
         return None if self.fit is None else self.fit.gate
 
-    def predict(self, dataset: Dataset, num_samples: int | None = None) -> Iterator[Forecast]:
+    def predict(
+        self,
+        dataset: Dataset,
+        num_samples: int | None = None,
+        *,
+        unusable: str = "raise",
+        any_freq: bool = False,
+    ) -> Iterator[Forecast]:
         """Forecast the steps after the end of each series, lazily and in order.
 
         Parameters
@@ -109,18 +124,38 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             GluonTS dataset.
         num_samples
             Sample paths a series, for families that sample; quantile families have no use for it.
+        unusable
+            What becomes of series without an observed value in their context: ``"raise"``, or ``"skip"``, which yields
+            nothing for them and warns with their names.
+        any_freq
+            Take data of another frequency than the model was tuned on.
 
         Yields
         ------
         QuantileForecast or SampleForecast
-            As the family forecasts.
+            As the family forecasts; each with the ``item_id`` of its entry, as it is.
 
         Raises
         ------
+        EntryError
+            If it is no dataset, or an entry is wrong, see :mod:`gluonts_peft.series.entries`: at the call for a list,
+            else when the entry is reached, before its batch is forecast. It is a ValueError and a TypeError.
         ValueError
-            If a series has no observed value in its context, or infinities, or its forecast is not finite; the message
-            names it.
+            If a series is unusable, or its forecast is not finite; the message names it.
         """
+        context = self.backbone.past_length
+        door = Door(
+            "forecast",
+            backbone=self.backbone,
+            horizon=self.backbone.prediction_length,
+            lacks=partial(nothing_seen, steps=context),
+            unusable=unusable,
+            freq=self.freq,
+            any_freq=any_freq,
+        )
+        return self._predict(door.open(dataset), num_samples)
+
+    def _predict(self, dataset: Iterable[Mapping[str, Any]], num_samples: int | None) -> Iterator[Forecast]:
         backbone = self.backbone
         generator = torch.Generator(device=backbone.device).manual_seed(self.seed)
         batches = context_batches(
@@ -136,12 +171,6 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         position = 0
         for entries, batch in batches:
             names = [entry.get("item_id", f"at position {position + i}") for i, entry in enumerate(entries)]
-            for name, observed in zip(names, batch["past_observed_values"], strict=True):
-                if not observed.any():
-                    raise ValueError(
-                        f"series {name!r} has no observed value in its last {backbone.past_length} steps: there is"
-                        " nothing to forecast from; leave it out"
-                    )
             position += len(entries)
             # Anew for each batch: in between, also in other threads, the adapter may be exchanged or merged.
             with backbone.reading() as reader:
@@ -169,6 +198,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             seed=self.seed,
             device=str(self.backbone.device),
             prediction_length=prediction_length,
+            freq=self.freq,
         )
 
     def serialize(self, path: Path) -> None:
@@ -223,6 +253,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             "adapter": None if adapter is None or not adapter.num_parameters() else adapter.spec,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            **({} if self.freq is None else {"freq": self.freq}),
             "fit": None if self.fit is None else asdict(self.fit),
             "versions": versions(),
         }
@@ -294,7 +325,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
     def swap(self, adapter: str | Path) -> None:
         """Exchange the adapter in place; the base weights stay in memory.
 
-        ``fit`` becomes that of the predictor that the adapter comes from, None for a bare adapter.
+        ``fit`` and ``freq`` become those of the predictor that the adapter comes from, None for a bare adapter.
 
         Parameters
         ----------
@@ -308,9 +339,10 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         """
         if self.merged:
             raise AdapterError("a merged predictor cannot exchange its adapter: it is part of the weights now")
-        folder, fit = Path(adapter), None
+        folder, fit, freq = Path(adapter), None, None
         if (folder / CONFIG).is_file():
-            folder, fit = folder / ADAPTER, _read(folder)["fit"]
+            stored = _read(folder)
+            folder, fit, freq = folder / ADAPTER, stored["fit"], stored["settings"]["freq"]
         backbone = self.backbone
         with backbone.weights.changing():
             before = Snapshot(backbone, backbone.adapter)
@@ -321,7 +353,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             except BaseException:
                 before.restore()
                 raise
-        self.fit = fit
+        self.fit, self.freq = fit, freq
 
     def merge(self) -> None:
         """Fold the adapter into the base weights, in place: same forecasts, no adapter left.
@@ -405,6 +437,7 @@ _KEYS = (
     "adapter",
     "batch_size",
     "seed",
+    "freq",
     "fit",
     "versions",
 )
@@ -450,6 +483,7 @@ def _read(folder: Path) -> dict[str, Any]:
                 "batch_size": as_integer(config["batch_size"], "batch_size", 1),
                 "seed": as_integer(config["seed"], "seed", 0, 2**63 - 1),
                 "prediction_length": length,
+                "freq": _known_freq(config.get("freq")),
             },
             "fit": None if fit is None else typed(Fit, fit, "fit"),
         }
@@ -461,6 +495,12 @@ def _read(folder: Path) -> dict[str, Any]:
         raise PredictorError(f"{str(file)!r} cannot be read: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _known_freq(value: Any) -> str | None:
+    if value is not None:
+        unit_of(_text(value, "freq"))
+    return value  # type: ignore[no-any-return]
 
 
 def _text(value: Any, name: str) -> str:
@@ -480,10 +520,14 @@ def _forecasts(
             "info": entry.get("info"),
         }
         if levels is None:
-            yield SampleForecast(samples=own, **common)
+            sampled = SampleForecast(samples=own, **common)
+            # The constructor makes text of it.
+            sampled.item_id = common["item_id"]
+            yield sampled
         elif first is None:
             # GluonTS finds a level only under the spelling str(float).
             first = QuantileForecast(own, forecast_keys=[str(level) for level in levels], **common)
+            first.item_id = common["item_id"]
             yield first
         else:
             # The constructor parses every level anew, at the cost of a small network's forecast.
