@@ -14,6 +14,7 @@ beside the numpy and pandas that this project needs, so it is not a dependency, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .files import delivering
 from .registry import unknown
-from .series.calendar import Calendar, calendar_of, dated, stamp_table, stamps_of
+from .series.calendar import Calendar, calendar_of, stamp_table, stamps_of
+from .series.entries import Door, Unusable, called, in_step, nothing_seen
 from .series.writing import repeated, write_columns
 from .windows import SeriesStore, Windows
 
@@ -73,7 +75,7 @@ class Scores:
     Parameters
     ----------
     item_id
-        Name of the series; its position where it has none.
+        Name of the series, as its entry has it; its position as text where it has none.
     start
         First period.
     values
@@ -82,7 +84,7 @@ class Scores:
         How its periods are stamped.
     """
 
-    item_id: str
+    item_id: Any
     start: pd.Period
     values: Floats
     calendar: Calendar = Calendar()
@@ -141,6 +143,7 @@ def detect(
     smoothing: int = 1,
     merge: int = 0,
     min_length: int = 1,
+    unusable: str = "raise",
     **options: Any,
 ) -> list[Detection]:
     """Find the anomalies of each series.
@@ -156,24 +159,33 @@ def detect(
         As :func:`threshold`.
     merge, min_length
         As :func:`find_events`.
+    unusable
+        As :func:`score`; a series of which the calibration part gives fewer than 50 scores, or only equal ones, is
+        unusable too.
 
     Returns
     -------
     list of Detection
-        One a series, in order.
+        One a series that can be used, in order. A constant series has the threshold 0 and no events.
 
     Raises
     ------
+    EntryError
+        As :func:`score`.
     ValueError
-        If there is no calibration, or it gives fewer than 50 scores, or only equal ones, and as :func:`score`.
+        If there is no calibration, or a calibration dataset gives fewer than 50 scores, or only equal ones, and as
+        :func:`score`.
     """
     if calibration is None:
         raise ValueError(
             "calibration is missing: a threshold needs a part without anomalies; name its steps, its share of each"
             " series, or a clean dataset"
         )
-    smooth([], smoothing)  # Refused before the work rather than after it.
-    common: dict[str, Any] = dict(method=method, **options)
+    # Refused before the work rather than after it.
+    smooth([], smoothing)
+    _threshold(np.linspace(0.0, 1.0, 2 * LEAST_CALIBRATION), threshold, "")
+    find_events(Scores("", pd.Period("2000", "D"), np.zeros(1)), 0.0, merge=merge, min_length=min_length)
+    common: dict[str, Any] = dict(method=method, unusable=unusable, **options)
     limit = None
     if isinstance(calibration, np.integer):
         calibration = int(calibration)
@@ -181,28 +193,58 @@ def detect(
         if calibration <= 0 or isinstance(calibration, float) and calibration >= 1.0:
             raise ValueError(f"calibration {calibration} is neither a share between 0 and 1 nor a number of steps")
         first: int | float = calibration
+
+        def calibrated(length: int) -> int:
+            return first if isinstance(first, int) else math.ceil(length * first)
+
+        def lacks(target: NDArray[Any]) -> str | None:
+            begin = calibrated(len(target))
+            if begin >= len(target):
+                return f"calibration {first} leaves nothing of its {len(target)} steps"
+            seen = begin if target.dtype.kind != "f" else int((~np.isnan(target[:begin])).sum())
+            return _too_few(seen, "observed values")
     else:
         clean = np.concatenate([smooth(found.values, smoothing) for found in score(model, calibration, **common)])
         limit = _threshold(clean, threshold, "the calibration dataset")
+
+        def lacks(target: NDArray[Any]) -> str | None:
+            return None
+
     detections = []
-    for found in score(model, dataset, **common):
+    useless = Unusable("judged", unusable)
+    all_scores = _score(model, dataset, lacks, **common)
+    for found in all_scores:
         begin, level = 0, limit
         if level is None:
-            length = len(found.values)
-            begin = first if isinstance(first, int) else math.ceil(length * first)
-            if begin >= length:
-                raise ValueError(
-                    f"calibration {first} leaves nothing of series {found.item_id!r}, which has {length} steps"
-                )
+            begin = calibrated(len(found.values))
             # By itself: a mean over its end would look at what comes after.
             clean = smooth(found.values[:begin], smoothing)
-            level = _threshold(clean, threshold, f"the calibration part of series {found.item_id!r}")
+            count = int((~np.isnan(clean)).sum())
+            if not np.nanmax(found.values):
+                level = 0.0
+            elif lack := _too_few(count, "scores") or _all_equal(clean):
+                useless.add(f"item_id {found.item_id!r}", lack)
+                continue
+            else:
+                level = _threshold(clean, threshold, f"the calibration part of series {found.item_id!r}")
         scores = replace(found, values=smooth(found.values, smoothing))
         late = scores.values.copy()
         late[:begin] = np.nan
         events = find_events(replace(scores, values=late), level, merge=merge, min_length=min_length)
         detections.append(Detection(scores, level, events, begin))
+    useless.settle(len(all_scores))
     return detections
+
+
+def _too_few(count: int, what: str) -> str | None:
+    if count >= LEAST_CALIBRATION:
+        return None
+    return f"{count} {what} in its calibration part, a threshold needs {LEAST_CALIBRATION}"
+
+
+def _all_equal(scores: Floats) -> str | None:
+    clean = scores[~np.isnan(scores)]
+    return f"all scores of its calibration part are {clean[0]:g}" if clean.min() == clean.max() else None
 
 
 def score(
@@ -212,6 +254,8 @@ def score(
     method: str = "auto",
     stride: int | None = None,
     smoothing: int = 1,
+    unusable: str = "raise",
+    any_freq: bool = False,
     batch_size: int = 64,
     progress: bool = False,
     **options: Any,
@@ -232,6 +276,11 @@ def score(
         the prediction length for forecasts if None.
     smoothing
         Width of a centred moving mean over the scores, in steps; 1 means none. A late part of it lies in the future.
+    unusable
+        What becomes of series without an observed value, or too short to be scored: ``"raise"``, or ``"skip"``, which
+        leaves them out of what is returned and warns with their names.
+    any_freq
+        Take data of another frequency than the model was tuned on.
     batch_size
         Windows at a time.
     progress
@@ -244,15 +293,48 @@ def score(
     Returns
     -------
     list of Scores
-        One a series, in order.
+        One a series that can be used, in order. All scores of a constant series are 0: nothing in it is stranger than
+        the rest.
 
     Raises
     ------
+    EntryError
+        If it is no dataset, or an entry is wrong. It is a ValueError and a TypeError.
     ValueError
-        If the method is unknown or the family cannot do it, an argument cannot be used, or a series is constant, has
-        no observed value or is too short to be scored; the message names it.
+        If the method or an option is unknown or the family cannot do it, an argument cannot be used, or a series is
+        unusable; the message names it.
     """
-    from .imputation import backbone_of
+    return _score(
+        model,
+        dataset,
+        lambda _: None,
+        method=method,
+        stride=stride,
+        smoothing=smoothing,
+        unusable=unusable,
+        any_freq=any_freq,
+        batch_size=batch_size,
+        progress=progress,
+        **options,
+    )
+
+
+def _score(
+    model: PeftPredictor | Backbone,
+    dataset: Iterable[Mapping[str, Any]],
+    lacks: Callable[[NDArray[Any]], str | None],
+    *,
+    method: str = "auto",
+    stride: int | None = None,
+    smoothing: int = 1,
+    unusable: str = "raise",
+    any_freq: bool = False,
+    batch_size: int = 64,
+    progress: bool = False,
+    **options: Any,
+) -> list[Scores]:
+    """As :func:`score`, of series that do not lack anything more."""
+    from .imputation import backbone_of, require_reconstruct
 
     backbone = backbone_of(model)
     if method == "auto":
@@ -261,21 +343,61 @@ def score(
         raise ValueError(unknown("method", method, METHODS))
     if stride is not None and stride <= 0:
         raise ValueError(f"stride {stride} is not positive")
-    entries = list(dated(dataset))
+    known = inspect.signature(METHODS[method]).parameters.values()
+    names = [each.name for each in known if each.kind is each.KEYWORD_ONLY and each.name != "distance"]
+    for option in options:
+        if option not in names:
+            raise ValueError(f"method {method!r}: " + unknown("option", option, names))
+    smooth([], smoothing)
+    least = 1
+    if method in ("reconstruction", "visible"):
+        require_reconstruct(backbone)
+    else:
+        least = _least_history(backbone) + backbone.prediction_length
+
+    def all_lacks(target: NDArray[Any]) -> str | None:
+        if len(target) < least:
+            return f"{len(target)} steps, method {method!r} needs {least}"
+        return nothing_seen(target) or lacks(target)
+
+    door = Door(
+        "scored",
+        backbone=backbone,
+        multivariate=False,
+        lacks=all_lacks,
+        unusable=unusable,
+        freq=getattr(model, "freq", None),
+        any_freq=any_freq,
+    )
+    entries = door.read(dataset)
+    if not entries and door.found_freq is not None:
+        return []
     store = SeriesStore.from_dataset(entries, features="covariates" in backbone.capabilities, exact=True)
-    scales = np.array([_scale(store, i) for i in range(len(store))])
+    deviations = np.array([_deviation(store, i) for i in range(len(store))])
+    scales = np.where(deviations > 0, deviations, 1.0)
     errors, counts = METHODS[method](backbone, store, scales, stride, batch_size, progress, **options)
     with np.errstate(invalid="ignore", divide="ignore"):
         values = np.where(np.isnan(_targets(store)), np.nan, errors / counts)
     found = []
-    for i, (entry, name) in enumerate(zip(entries, store.item_ids, strict=True)):
+    useless = Unusable("scored", unusable)
+    for i, (entry, position) in enumerate(zip(entries, door.positions, strict=True)):
         own = values[store.offsets[i] : store.offsets[i + 1]]
+        if not deviations[i]:
+            own = np.where(np.isnan(_targets(store)[store.offsets[i] : store.offsets[i + 1]]), np.nan, 0.0)
+        name = entry.get("item_id")
         if np.isnan(own).all():
-            raise ValueError(
-                f"series {name!r} of {len(own)} steps is too short to score: method {method!r} has no window in it"
-            )
-        found.append(Scores(name, entry["start"], smooth(own, smoothing), calendar_of(entry)))
+            useless.add(called(name, position), "no window with an observed value before one that can be judged")
+        else:
+            own_name = str(position) if name is None else name
+            found.append(Scores(own_name, entry["start"], smooth(own, smoothing), calendar_of(entry)))
+    useless.settle(len(entries))
     return found
+
+
+def _least_history(backbone: Backbone) -> int:
+    """Return the fewest steps of history of a forecast (our choice), that as much as possible of a short series has a
+    score."""
+    return min(backbone.context_length, 2 * backbone.prediction_length)
 
 
 def _reconstruction(
@@ -379,8 +501,7 @@ def _forecasts(
         raise ValueError(f"stride {stride} exceeds the {horizon} steps of a forecast: points between have no score")
     if not 0.0 < quantiles[0] < 0.5 < quantiles[1] < 1.0:
         raise ValueError(f"quantiles {quantiles} do not lie on both sides of 0.5, between 0 and 1")
-    # Fewest steps of history of a forecast (our choice), that as much as possible of a short series has a score.
-    least = min(backbone.context_length, 2 * horizon)
+    least = _least_history(backbone)
     windows = Windows(
         store,
         context_length=backbone.past_length,
@@ -577,7 +698,7 @@ def write_detections(
     Parameters
     ----------
     detections, dataset
-        What :func:`detect` gave, and was given.
+        What :func:`detect` gave, and was given; at least one detection.
     folder
         New or empty; made if need be.
     plots
@@ -593,7 +714,8 @@ def write_detections(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"folder {str(folder)!r} is in use; name a new one")
-    entries = list(dataset)
+    # Series that were left out are passed over.
+    entries = list(in_step([(each.scores.item_id, each.scores.start) for each in detections], dataset))
     inside = [np.zeros(len(detection.scores.values), bool) for detection in detections]
     for marks, detection in zip(inside, detections, strict=True):
         for event in detection.events:
@@ -779,19 +901,12 @@ def _targets(store: SeriesStore) -> NDArray[np.floating[Any]]:
     return store.values if store.layout.plain else store.values[:, 0]
 
 
-def _scale(store: SeriesStore, i: int) -> float:
-    """Standard deviation of a series; an error where there is none."""
+def _deviation(store: SeriesStore, i: int) -> float:
+    """Standard deviation of a series that has an observed value; 0 of a constant one."""
     steps = store.take(np.arange(store.offsets[i], store.offsets[i + 1])).astype(float)
     own = steps if store.layout.plain else steps[:, 0]
     own = own[~np.isnan(own)]
-    if not len(own):
-        raise ValueError(f"series {store.item_ids[i]!r} has no observed value: there is nothing to score; leave it out")
-    if own.min() == own.max():
-        raise ValueError(
-            f"series {store.item_ids[i]!r} is constant ({own[0]:g}): nothing in it is stranger than the rest; leave it"
-            " out"
-        )
-    return float(own.std())
+    return 0.0 if own.min() == own.max() else float(own.std())
 
 
 def _quantiles(result: Trajectories, levels: tuple[float, ...]) -> list[Floats]:

@@ -46,6 +46,7 @@ from gluonts.model.predictor import Predictor, RepresentablePredictor
 
 from .metrics import DTW, DTWPathError
 from .series.calendar import calendar_of, dated, first_stamp
+from .series.entries import Door, EntryError, Unusable, as_array, called
 from .series.season import season_length
 
 __all__ = ["QUANTILE_LEVELS", "SeasonalNaive", "backtest", "default_metrics"]
@@ -92,6 +93,9 @@ def backtest(
     seasonality: int | None = None,
     per_window: bool = False,
     num_samples: int | None = None,
+    unusable: str = "raise",
+    any_freq: bool = False,
+    visible_context: int | None = None,
     batch_size: int = 100,
 ) -> pd.DataFrame:
     """
@@ -107,8 +111,7 @@ def backtest(
         Any GluonTS predictor with ``lead_time`` 0; its ``prediction_length`` is the length of a window in steps.
     dataset
         Any GluonTS dataset that can be read more than once: a list of data entries, a ``PandasDataset``, a
-        ``FileDataset``. Targets are ``(time,)``, or ``(dim, time)`` with one ``dim`` for all series; NaN and infinite
-        values are missing.
+        ``FileDataset``. Targets are ``(time,)``, or ``(dim, time)`` with one ``dim`` for all series; NaN is missing.
     windows
         Number of windows a series, 1 or more.
     distance
@@ -122,6 +125,15 @@ def backtest(
         Whether to give each window a row of its own.
     num_samples
         Passed on to ``predictor.predict`` if given.
+    unusable
+        What becomes of series that cannot be scored: ``"raise"``, or ``"skip"``, which leaves them out, counts them and
+        warns with their names. Windows without an observed value are left out and counted in any case.
+    any_freq
+        Take data of another frequency than the model was tuned on.
+    visible_context
+        Steps before a window that the model sees: a series with a window before which it would see no observed value
+        cannot be scored. By default those of the predictor, if it says so; name them to score others on the same
+        series.
     batch_size
         Number of windows scored at a time; a question of memory alone, the numbers do not depend on it.
 
@@ -135,8 +147,9 @@ def backtest(
 
         - ``"series"`` and ``"windows"``: how many were scored;
         - ``"skipped"``: ``"too_short"`` series, with no observed value before their first window; ``"all_missing"``
-          series, with no observed value in any window; and ``"windows_all_missing"``, windows without observed value
-          in the series that were scored. None of them is forecast; if any are there, a warning is logged as well;
+          series, with no observed value in any window; ``"nothing_seen"`` series, with no observed value in the
+          context of a window; and ``"windows_all_missing"``, windows without observed value in the series that were
+          scored, of which the log says the number. None of them is forecast;
         - ``"unscaled_windows"``: scored windows whose seasonal error is zero, as the history is constant, or unknown,
           as no two observed values are a season apart. Scaled metrics such as MASE leave them out of a mean, and are
           NaN in their rows;
@@ -146,10 +159,10 @@ def backtest(
     Raises
     ------
     ValueError
-        If an argument is out of range, the dataset is empty, no series is left to score, targets differ in their
-        dimensions, or the forecasts do not fit the windows in number, start, item or shape, or are not finite.
-    TypeError
-        If the dataset can be read only once or an entry's start is no ``pandas.Period``.
+        If an argument is out of range, the dataset is empty, no series is left to score, one cannot be scored and the
+        policy is to raise, or the forecasts do not fit the windows in number, start, item or shape, or are not finite.
+    EntryError
+        If it is no dataset, can be read only once, or an entry is wrong. It is a ValueError and a TypeError.
 
     Notes
     -----
@@ -173,7 +186,17 @@ def backtest(
     length = predictor.prediction_length
     distance = length if distance is None else distance
     dataset = dated(dataset)
-    survey = _survey(dataset, length, windows, distance)
+    backbone = getattr(predictor, "backbone", None)
+    door = Door(
+        "scored",
+        backbone=backbone,
+        unusable=unusable,
+        freq=getattr(predictor, "freq", None),
+        any_freq=any_freq,
+        complete=True,
+    )
+    context = getattr(backbone, "past_length", None) if visible_context is None else visible_context
+    survey = _survey(dataset, door, length, windows, distance, context)
     _, template = split(_Kept(dataset, survey.series), offset=-survey.span)
     test = _Windows(
         template.generate_instances(length, windows=windows, distance=distance), survey.windows, survey.items
@@ -186,7 +209,9 @@ def backtest(
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"metrics has {', '.join(twice)} more than once; each needs a name of its own")
 
-    options = {} if num_samples is None else {"num_samples": num_samples}
+    options: dict[str, Any] = {} if num_samples is None else {"num_samples": num_samples}
+    if any_freq and backbone is not None:
+        options["any_freq"] = True
     forecasts = iter(predictor.predict(test.inputs, **options))
     index: list[tuple[Any, pd.Period | pd.Timestamp]] = []
     unscaled = seasonless = 0
@@ -302,7 +327,7 @@ def _positive(name: str, value: Any) -> None:
 
 
 def _as_float(target: npt.ArrayLike) -> npt.NDArray[np.floating[Any]]:
-    array = np.asarray(target)
+    array = as_array(target)
     return array if np.issubdtype(array.dtype, np.floating) else array.astype(np.float64)
 
 
@@ -314,58 +339,58 @@ class _Survey:
     windows: list[bool] = field(default_factory=list)
     items: list[Any] = field(default_factory=list)
     skipped: dict[str, int] = field(
-        default_factory=lambda: {"too_short": 0, "all_missing": 0, "windows_all_missing": 0}
+        default_factory=lambda: {"too_short": 0, "all_missing": 0, "nothing_seen": 0, "windows_all_missing": 0}
     )
 
 
-def _survey(dataset: Dataset, length: int, windows: int, distance: int) -> _Survey:
+def _survey(dataset: Dataset, door: Door, length: int, windows: int, distance: int, context: int | None) -> _Survey:
     """Decide which series, and which windows of these, can be scored, before anything is forecast."""
-    if iter(dataset) is dataset:
-        raise TypeError(f"dataset is a {type(dataset).__name__}, which can be read only once; pass list(dataset)")
+    if isinstance(dataset, Iterator):
+        raise EntryError(f"dataset is a {type(dataset).__name__}, which can be read only once; pass list(dataset)")
     survey = _Survey(span=length + (windows - 1) * distance)
-    shape: tuple[int, ...] | None = None
-    for position, entry in enumerate(dataset):
+    unusable = Unusable(door.verb, door.policy)
+    for position, entry in enumerate(door.open(dataset)):
         item_id = position if entry.get("item_id") is None else entry["item_id"]
-        name = f"item_id {item_id!r}"
         target = _as_float(entry["target"])
-        if not isinstance(entry["start"], pd.Period):
-            raise TypeError(
-                f"{name} has start {entry['start']!r}; expected a pandas.Period, which "
-                "gluonts.dataset.common.ListDataset makes of it"
-            )
-        if target.ndim not in (1, 2) or (shape is not None and target.shape[:-1] != shape):
-            raise ValueError(
-                f"{name} has a target of shape {target.shape}; expected (time,) or (dim, time), "
-                "with the same dim for all series"
-            )
-        shape = target.shape[:-1]
-        observed = np.logical_or.reduce(np.atleast_2d(np.isfinite(target)), axis=0)
+        survey.ndim = target.ndim
+        observed = ~np.isnan(target) if target.ndim == 1 else ~np.isnan(target).all(axis=0)
         first = len(observed) - survey.span
-        labels = [bool(observed[first + w * distance :][:length].any()) for w in range(windows)] if first > 0 else []
-        too_short = first <= 0 or not observed[:first].any()
-        survey.series.append(not too_short and any(labels))
-        if too_short:
-            survey.skipped["too_short"] += 1
+        starts = [first + w * distance for w in range(windows)] if first > 0 else []
+        labels = [bool(observed[start : start + length].any()) for start in starts]
+        reason = lack = None
+        if first <= 0 or not observed[:first].any():
+            reason, lack = "too_short", f"no observed value before its last {survey.span} steps"
         elif not any(labels):
-            survey.skipped["all_missing"] += 1
+            reason, lack = "all_missing", "no observed value in any window"
+        elif context is not None and not all(
+            observed[max(0, start - context) : start].any()
+            for start, label in zip(starts, labels, strict=True)
+            if label
+        ):
+            reason, lack = "nothing_seen", f"no observed value in the {context} steps before a window"
+        survey.series.append(lack is None)
+        if reason is not None and lack is not None:
+            survey.skipped[reason] += 1
+            unusable.add(called(entry.get("item_id"), position), lack)
         else:
             survey.windows.extend(labels)
             survey.items.extend([item_id] * labels.count(True))
             survey.skipped["windows_all_missing"] += labels.count(False)
 
-    if shape is None:
+    if not survey.series:
         raise ValueError("dataset is empty; expected at least one series")
-    survey.ndim = len(shape) + 1
-    counts = (
-        f"{survey.skipped['too_short']} of {len(survey.series)} series have no observed value before their last "
-        f"{survey.span} steps, {survey.skipped['all_missing']} have none in any window"
-    )
     if not any(survey.series):
+        counts = (
+            f"{survey.skipped['too_short']} of {len(survey.series)} series have no observed value before their last "
+            f"{survey.span} steps, {survey.skipped['all_missing']} have none in any window"
+        )
+        if survey.skipped["nothing_seen"]:
+            counts += f", {survey.skipped['nothing_seen']} none in the {context} steps before a window"
         raise ValueError(f"no series is left to score: {counts}; use longer series, or fewer windows than {windows}")
-    if any(survey.skipped.values()):
+    unusable.settle(len(survey.series))
+    if survey.skipped["windows_all_missing"]:
         logger.warning(
-            "backtest skips what it cannot score: %s; of the windows of the others, %d have none",
-            counts,
+            "backtest skips %d windows of the series that it scores: they have no observed value",
             survey.skipped["windows_all_missing"],
         )
     return survey

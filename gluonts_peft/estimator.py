@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 from gluonts.core.component import validated
 from gluonts.dataset.common import Dataset
 from gluonts.model.estimator import Estimator
@@ -21,9 +22,11 @@ from . import __version__
 from .backbone import Backbone
 from .predictor import PeftPredictor
 from .registry import adapter_names, get_adapter, unknown
+from .series.entries import Door, Unusable, called, check_unusable
+from .series.overlap import held_back
 from .tasks import Joint, parse_tasks
 from .training import Fit, TrainingOptions, TuningDidNotHelp, fit, resolve_device
-from .windows import SeriesStore, Skipped, Windows
+from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
@@ -82,6 +85,12 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         Show a progress bar.
     trainer_kwargs
         Further arguments of ``lightning.pytorch.Trainer``.
+    unusable
+        What becomes of series that give no window to train or validate on, as they are too short or nothing of them was
+        observed: ``"raise"``, or ``"skip"``, which leaves them out and warns with their names.
+    any_freq
+        Train also on data whose every series was observed on a coarser grid than its frequency says, which are else
+        refused.
     """
 
     __version__: str = __version__
@@ -115,6 +124,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         tasks: list | None = None,  # type: ignore[type-arg]
         progress: bool = True,
         trainer_kwargs: dict | None = None,  # type: ignore[type-arg]
+        unusable: str = "raise",
+        any_freq: bool = False,
     ) -> None:
         super().__init__()
         if prediction_length <= 0:
@@ -155,6 +166,10 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
         self.progress = progress
         self.trainer_kwargs = dict(trainer_kwargs or {})
+        self.unusable = check_unusable(unusable)
+        self.any_freq = any_freq
+        # Series of each part that the last training left out.
+        self.skipped: dict[str, int] = {}
 
     @classmethod
     def from_hyperparameters(cls, **hyperparameters: Any) -> PeftEstimator:
@@ -196,7 +211,10 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         validation_data
             Its last windows decide the best epoch and the zero-shot gate. If None, the labels of the last
             ``validation_windows`` windows of each training series are held out for this and not trained on, with a task
-            ``reconstruct`` their histories too. Adapters that score themselves, such as ``trace``, set further windows
+            ``reconstruct`` their histories too. So are labels of `validation_data` that lie inside the training data of
+            the same item (same ``item_id``, or equal series), with a warning.
+
+            Adapters that score themselves, such as ``trace``, set further windows
             apart before these.
         ckpt_path
             Training checkpoint to go on from, or ``"last"``: that of ``folder`` if there is one.
@@ -209,7 +227,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            If the data, a checkpoint or an option cannot be used; the message says what and why.
+            If the data, a checkpoint or an option cannot be used, or a series with ``unusable="raise"``; the message
+            says what and why. Of what is no dataset, or a wrong entry, it is a
+            :class:`~gluonts_peft.series.entries.EntryError`.
         TuningDidNotHelp
             If ``gate="raise"`` and tuning did not beat zero-shot.
         """
@@ -219,8 +239,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         if self.tasks is not None and self.tasks.history:
             require_reconstruct(backbone)
         adapter = get_adapter(_with_head(self.adapter, backbone))
-        store = self._store(training_data, "training", backbone)
-        held_out = self.prediction_length * self.validation_windows if validation_data is None else 0
+        store, door = self._store(training_data, "training", backbone)
+        held_out: Any = self.prediction_length * self.validation_windows if validation_data is None else 0
         if held_out and self.tasks is not None and self.tasks.history:
             held_out += backbone.context_length
         lengths: dict[str, Any] = {
@@ -230,11 +250,18 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             "seed": self.options.seed,
             "time_features": backbone.time_features,
         }
+        held_out_store, held_out_door = store, door
+        if validation_data is not None:
+            held_out_store, held_out_door = self._store(validation_data, "validation", backbone, door.found_freq)
+            label = self.prediction_length * self.validation_windows
+            if self.tasks is not None and self.tasks.history:
+                label += backbone.context_length
+            held_out = _without_labels(store, held_out_store, (door.names, held_out_door.names), label)
         windows = Windows(store, holdout=held_out, **lengths)
-        _report("training", windows.skipped)
-        held_out_store = store if validation_data is None else self._store(validation_data, "validation", backbone)
+        self._settle("training", "trained on", windows, door)
         held_out_windows = Windows(held_out_store, **lengths)
-        _report("validation", held_out_windows.skipped)
+        if validation_data is not None:
+            self._settle("validation", "validated on", held_out_windows, held_out_door)
         validation = list(
             held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
         )
@@ -277,9 +304,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                     if not after[name] < earlier:
                         worse = f"no better than before: loss {earlier:.5g} before, {after[name]:.5g} after"
                         warnings.warn(TuningDidNotHelp(f"adapter {adapter!r}, task {name!r}: {worse}"), stacklevel=2)
-        return self._hand_over(backbone, adapter, result)
+        return self._hand_over(backbone, adapter, result, door.found_freq)
 
-    def _hand_over(self, backbone: Backbone, adapter: Adapter, result: Fit) -> PeftPredictor:
+    def _hand_over(self, backbone: Backbone, adapter: Adapter, result: Fit, freq: str | None) -> PeftPredictor:
         """Return the tuned predictor, or what the gate says."""
         if not result.gate.passed and adapter.num_parameters():
             message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: {result.gate}"
@@ -291,19 +318,39 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                     stacklevel=3,
                 )
                 adapter.detach()
-        return PeftPredictor(backbone, fit=result, seed=self.options.seed, device=self.options.device)
+        tuned = backbone.adapter is not None and backbone.adapter.num_parameters() > 0
+        return PeftPredictor(
+            backbone,
+            fit=result,
+            seed=self.options.seed,
+            device=self.options.device,
+            freq=freq if tuned else None,
+        )
 
-    def _store(self, dataset: Dataset, name: str, backbone: Backbone) -> SeriesStore:
+    def _store(
+        self, dataset: Dataset, name: str, backbone: Backbone, freq: str | None = None
+    ) -> tuple[SeriesStore, Door]:
+        """Check and keep the series; the door knows their names and their frequency."""
+        door = Door("trained on", backbone=backbone, freq=freq, any_freq=self.any_freq, complete=True)
+        entries = door.open(dataset)
         kinds: dict[str, Any] = {
             "features": "covariates" in backbone.capabilities,
             "multivariate": "multivariate" in backbone.capabilities,
         }
         if self.folder is None:
-            return SeriesStore.from_dataset(dataset, **kinds)
+            return SeriesStore.from_dataset(entries, **kinds), door
         folder = self.folder / "series" / name
         # What an earlier run left there may be of other data.
         shutil.rmtree(folder, ignore_errors=True)
-        return SeriesStore.from_dataset(dataset, folder, **kinds)
+        return SeriesStore.from_dataset(entries, folder, **kinds), door
+
+    def _settle(self, part: str, verb: str, windows: Windows, door: Door) -> None:
+        """Raise, or warn and count, where series give no window."""
+        unusable = Unusable(verb, self.unusable)
+        self.skipped[part] = len(windows.left_out())
+        for number, lack in windows.left_out():
+            unusable.add(called(door.names[number], number), lack)
+        unusable.settle(len(windows.store))
 
 
 def _with_head(spec: Any, backbone: Backbone) -> Any:
@@ -330,6 +377,21 @@ def _relative(
     return joint.relative(joint.scores(backbone, validation, levels), before)
 
 
-def _report(name: str, skipped: Skipped) -> None:
-    if skipped.too_short or skipped.all_missing:
-        logger.warning("%s data: %s", name, skipped)
+def _without_labels(store: SeriesStore, validation: SeriesStore, names: tuple[list[Any], list[Any]], label: int) -> Any:
+    """Return the steps at the end of each training series that hold validation labels; 0 if none does."""
+    held = held_back(store, validation, names, label)
+    count = int((held > 0).sum())
+    if not count:
+        return 0
+    if (held == store.lengths).all():
+        raise ValueError(
+            f"the labels of validation_data lie at or before the start of all {count} training series of the same"
+            " items: nothing is left to train on; leave validation_data out, or give earlier training data"
+        )
+    first = int(np.flatnonzero(held)[0])
+    warnings.warn(
+        f"labels of validation_data lie inside the training data of {count} of {len(store)} series (first:"
+        f" {called(names[0][first], first)}): the last {int(held.max())} steps at most of these are not trained on",
+        stacklevel=3,
+    )
+    return held

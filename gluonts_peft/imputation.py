@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .registry import adapter_names, get_adapter, unknown
-from .series.calendar import calendar_of, dated, stamp_table
+from .series.calendar import calendar_of, stamp_table
+from .series.entries import Door, in_step, nothing_seen
+from .series.overlap import held_back
 from .series.writing import repeated, writable, write_columns
 from .training import fit, to_device
 from .units import refuse_nonfinite, to_units
@@ -134,12 +136,13 @@ def train_reconstruction(
     Parameters
     ----------
     estimator
-        Of a family with the capability ``"reconstruct"``; its ``prediction_length`` has no effect.
+        Of a family with the capability ``"reconstruct"``. Its ``prediction_length`` and ``validation_windows`` have no
+        effect, ``tasks`` are refused.
     training_data
         GluonTS dataset, univariate.
     validation_data
         Windows of ``context_length`` steps that touch decide the best epoch and the gate. If None, the ends of the
-        training series are held out for this.
+        training series are held out for this. It must not hold the same times of the same items.
     mask_ratio
         Share of the patches that are hidden.
     held_out
@@ -158,14 +161,17 @@ def train_reconstruction(
     require_reconstruct(backbone)
     if not 0.0 < held_out < 1.0:
         raise ValueError(f"held_out {held_out} is not a share between 0 and 1")
+    if estimator.tasks is not None:
+        raise ValueError("tasks have no part in train_reconstruction, which has a single one; leave them out")
     adapter = get_adapter(estimator.adapter)
     if "head" in adapter_names(estimator.adapter):
         raise ValueError(
             f"adapter {adapter!r} trains a forecasting head, which has no part in reconstruction; name another without"
             " one, e.g. 'lora'"
         )
-    if validation_data is None:
-        entries = list(training_data)
+    cut_off = validation_data is None
+    if cut_off:
+        entries = Door("trained on", backbone=backbone, any_freq=estimator.any_freq).read(training_data)
         cuts = [math.ceil(len(entry["target"]) * (1.0 - held_out)) for entry in entries]
         training_data = [
             {**entry, "target": entry["target"][:cut]} for entry, cut in zip(entries, cuts, strict=True) if cut
@@ -179,8 +185,18 @@ def train_reconstruction(
     least = estimator.min_context or min(backbone.context_length, 4 * backbone.patch_length)
     # The single step of a label is there because windows have one; it is not looked at.
     lengths: dict[str, Any] = {"context_length": backbone.context_length, "prediction_length": 1, "min_context": least}
-    windows = Windows(estimator._store(training_data, "training", backbone), seed=estimator.options.seed, **lengths)
-    held_out_windows = Windows(estimator._store(validation_data, "validation", backbone), **lengths)
+    store, door = estimator._store(training_data, "training", backbone)
+    held_out_store, held_out_door = estimator._store(validation_data, "validation", backbone, door.found_freq)
+    if not cut_off and (held_back(store, held_out_store, (door.names, held_out_door.names), None) > 0).any():
+        raise ValueError(
+            "validation_data holds the same times of the same items as the training data: what is trained on would be"
+            " validated on; leave it out, and the ends of the training series are held out, or give other series"
+        )
+    windows = Windows(store, seed=estimator.options.seed, **lengths)
+    estimator._settle("training", "trained on", windows, door)
+    held_out_windows = Windows(held_out_store, **lengths)
+    if not cut_off:
+        estimator._settle("validation", "validated on", held_out_windows, held_out_door)
     validation = held_out_windows.last(
         windows=-(-int(held_out_windows.store.lengths.max()) // backbone.context_length),
         distance=backbone.context_length,
@@ -199,7 +215,7 @@ def train_reconstruction(
         trainer_kwargs=estimator.trainer_kwargs,
         loss=loss,
     )
-    return estimator._hand_over(backbone, adapter, result)
+    return estimator._hand_over(backbone, adapter, result, door.found_freq)
 
 
 def impute(
@@ -208,6 +224,8 @@ def impute(
     *,
     max_gap: int | None = None,
     unfillable: str = "raise",
+    unusable: str = "raise",
+    any_freq: bool = False,
     batch_size: int = 64,
     progress: bool = False,
 ) -> list[DataEntry]:
@@ -228,6 +246,11 @@ def impute(
     unfillable
         What becomes of longer gaps and of series without an observed value: ``"raise"``, or ``"keep"``, which leaves
         them missing and warns with their number.
+    unusable
+        What becomes of series without an observed value, unless they are kept: ``"raise"``, or ``"skip"``, which leaves
+        them out of what is returned and warns with their names.
+    any_freq
+        Take data of another frequency than the model was tuned on.
     batch_size
         Windows at a time.
     progress
@@ -240,9 +263,11 @@ def impute(
 
     Raises
     ------
+    EntryError
+        If it is no dataset, or an entry is wrong. It is a ValueError and a TypeError.
     ValueError
-        If the family does not reconstruct, an argument cannot be used, or a series cannot be filled and
-        ``unfillable`` is ``"raise"``; the message names it.
+        If the family does not reconstruct, an argument cannot be used, or a series is unusable or cannot be filled, and
+        the policy is to raise; the message names it.
     """
     backbone = backbone_of(model)
     require_reconstruct(backbone)
@@ -255,7 +280,21 @@ def impute(
         raise ValueError(
             f"max_gap {longest} is not between 1 and {context - 2 * patch}, the context_length less two patches"
         )
-    entries = list(dated(dataset))
+    door = Door(
+        "imputed",
+        backbone=backbone,
+        fields=False,
+        multivariate=False,
+        lacks=nothing_seen if unfillable == "raise" else None,
+        unusable=unusable,
+        freq=getattr(model, "freq", None),
+        any_freq=any_freq,
+        gaps=True,
+        remedy="keep them missing: unfillable='keep',",
+    )
+    entries = door.read(dataset)
+    if not entries and door.found_freq is not None:
+        return []
     store = SeriesStore.from_dataset(entries, exact=True)
     plan: list[tuple[int, int, int]] = []
     kept: list[str] = []
@@ -318,7 +357,8 @@ def write_imputed(
     Parameters
     ----------
     dataset, filled
-        What :func:`impute` was given and gave back; each entry has an ``item_id``.
+        What :func:`impute` was given and gave back; each entry has an ``item_id``. Series that were left out are passed
+        over.
     path
         File to write, ``.csv``, ``.csv.gz`` or ``.parquet``, in an existing folder.
     overwrite
@@ -332,7 +372,9 @@ def write_imputed(
         If the file cannot be written there.
     """
     path, suffix = writable(path, overwrite)
-    pairs = list(zip(dataset, filled, strict=True))
+    filled = list(filled)
+    entries = in_step([(after.get("item_id"), after["start"]) for after in filled], dataset)
+    pairs = list(zip(entries, filled, strict=True))
     lengths = [len(after["target"]) for _, after in pairs]
     stamps = stamp_table([after["start"] for _, after in pairs], lengths, [calendar_of(after) for _, after in pairs])
     target = np.concatenate([after["target"] for _, after in pairs])

@@ -25,7 +25,6 @@ from .backbone import Backbone, Source
 from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
 from .registry import families
-from .series.calendar import dated
 from .series.entries import Door, nothing_seen
 from .series.season import unit_of
 from .training import Fit, Gate, resolve_device, to_device
@@ -159,7 +158,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         backbone = self.backbone
         generator = torch.Generator(device=backbone.device).manual_seed(self.seed)
         batches = context_batches(
-            dated(dataset),
+            dataset,
             context_length=backbone.past_length,
             batch_size=self.batch_size,
             prediction_length=backbone.prediction_length,

@@ -485,7 +485,7 @@ def fit(
             "data": windows.store.fingerprint(),
             "validation": _digest(validation),
             "windows": {
-                name: getattr(given, name)
+                name: _plain(getattr(given, name))
                 for name in ("context_length", "prediction_length", "min_context", "holdout", "seed")
             },
             "options": {**asdict(options), "learning_rate": rate, "device": device.type},
@@ -598,6 +598,8 @@ def _digest(batches: Iterable[Mapping[str, Any]]) -> str:
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -474,6 +474,21 @@ class Windows:
         self._shifts: Integers = low[self._series] - self._ends + counts[self._series]
         self._steps: Integers = np.arange(-self.context_length, self.prediction_length)
 
+    def left_out(self) -> list[tuple[int, str]]:
+        """The series that have no admissible window, by number, and what each lacks."""
+        needed = self.min_context + self.prediction_length + np.broadcast_to(self.holdout, len(self.store))
+        out = np.setdiff1d(np.arange(len(self.store)), self._series)
+        lacks = []
+        for i in out.tolist():
+            if self.store.lengths[i] < needed[i]:
+                lack = f"{self.store.lengths[i]} steps, needed are {needed[i]}"
+            elif self.store.edges[i, 1] < 0:
+                lack = "no observed value"
+            else:
+                lack = "no observed value both in context and label of any window"
+            lacks.append((i, lack))
+        return lacks
+
     def __len__(self) -> int:
         """Number of windows that `sample` draws from, with those that fall wholly into a gap inside a series."""
         return int(self._ends[-1])

@@ -380,9 +380,13 @@ def test_labels_that_do_not_fit_are_refused(scores: Any, labels: Any, sentence: 
 @pytest.mark.parametrize(
     ("target", "options", "sentence"),
     [
-        (np.full(99, 7.5), {}, "series 'a' is constant (7.5): nothing in it is stranger than the rest; leave it out"),
-        (np.full(99, np.nan), {}, "series 'a' has no observed value: there is nothing to score; leave it out"),
-        (daily(20), {}, "no series is left, skipped 1 of 1 series: 1 too short"),
+        (
+            np.full(99, np.nan),
+            {},
+            "1 of 1 series cannot be scored: item_id 'a' (no observed value); leave them out, or",
+        ),
+        (daily(20), {}, "1 of 1 series cannot be scored: item_id 'a' (20 steps, method 'residual' needs 24); leave"),
+        (daily(99), {"mask": 3}, "method 'residual': option 'mask' is unknown; known: num_samples, quantiles, seed"),
         (daily(99), {"method": "residuals"}, "method 'residuals' is unknown; did you mean 'residual'?"),
         (daily(99), {"method": "visible"}, "family 'chronos' does not reconstruct its input; use one with"),
         (daily(99), {"stride": 0}, "stride 0 is not positive"),
@@ -399,7 +403,8 @@ def test_what_cannot_be_scored_is_refused(bolt: Backbone, target: Any, options: 
 
 
 def test_one_short_series_among_long_ones_is_named(bolt: Backbone) -> None:
-    with pytest.raises(ValueError, match="^series 'b' of 20 steps is too short to score: method 'residual' has no"):
+    sentence = r"^1 of 2 series cannot be scored: item_id 'b' \(20 steps, method 'residual' needs 24\)"
+    with pytest.raises(ValueError, match=sentence):
         score(bolt, [entry(daily(99)), entry(daily(20), "b")])
 
 
@@ -422,8 +427,11 @@ def test_a_model_without_a_trained_head_does_not_forecast(moment: Backbone) -> N
         (0, "calibration 0 is neither a share between 0 and 1 nor a number of steps"),
         (1.0, "calibration 1.0 is neither a share between 0 and 1 nor a number of steps"),
         (-0.5, "calibration -0.5 is neither a share between 0 and 1 nor a number of steps"),
-        (200, "calibration 200 leaves nothing of series 'a', which has 200 steps"),
-        (40, "the calibration part of series 'a' has 40 scores, a threshold needs 50"),
+        (200, "1 of 1 series cannot be scored: item_id 'a' (calibration 200 leaves nothing of its 200 steps)"),
+        (
+            40,
+            "1 of 1 series cannot be scored: item_id 'a' (40 observed values in its calibration part, a threshold",
+        ),
     ],
 )
 def test_detection_needs_a_clean_part(moment: Backbone, calibration: Any, sentence: str) -> None:

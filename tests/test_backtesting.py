@@ -22,6 +22,7 @@ from gluonts.model.seasonal_naive import SeasonalNaivePredictor
 
 from gluonts_peft.backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest, default_metrics
 from gluonts_peft.metrics import DTW, dtw_distance, dtw_path_error
+from gluonts_peft.series.entries import UnusableWarning
 
 START = pd.Period("2024-01-01", freq="D")
 COLUMNS = [
@@ -133,7 +134,7 @@ def test_scores_equal_a_loop_by_hand(windows: int, distance: int | None, quantil
     assert total.attrs == {
         "series": 5,
         "windows": 5 * windows,
-        "skipped": {"too_short": 0, "all_missing": 0, "windows_all_missing": 0},
+        "skipped": {"too_short": 0, "all_missing": 0, "nothing_seen": 0, "windows_all_missing": 0},
         "unscaled_windows": 0,
         "seasonless_windows": 0,
     }
@@ -176,17 +177,26 @@ def test_what_cannot_be_scored_is_counted_and_logged(caplog: pytest.LogCaptureFi
     short = [entry("exact", range(8)), entry("shorter", range(3)), entry("empty", [])]
     missing = entry("missing", [*range(30), *[np.nan] * 8])
     data = [short[0], good[0], no_history, missing, short[1], one_gap, good[1], short[2]]
-    with caplog.at_level(logging.WARNING):
-        frame = backtest(Noisy(4), data, windows=2, per_window=True)
-    assert frame.attrs["skipped"] == {"too_short": 4, "all_missing": 1, "windows_all_missing": 1}
+    named = (
+        "item_id 'exact' (no observed value before its last 8 steps), item_id 'no-history' (no observed value before"
+        " its last 8 steps), item_id 'missing' (no observed value in any window), item_id 'shorter' (no observed value"
+        " before its last 8 steps), item_id 'empty' (no observed value before its last 8 steps)"
+    )
+    with pytest.raises(
+        ValueError, match=f"^{re.escape('5 of 8 series cannot be scored: ' + named)}; leave them out, or"
+    ):
+        backtest(Noisy(4), data, windows=2)
+    expected = f"^5 of 8 series are left out, they cannot be scored: {re.escape(named)}$"
+    with caplog.at_level(logging.WARNING), pytest.warns(UnusableWarning, match=expected):
+        frame = backtest(Noisy(4), data, windows=2, per_window=True, unusable="skip")
+    assert frame.attrs["skipped"] == {"too_short": 4, "all_missing": 1, "nothing_seen": 0, "windows_all_missing": 1}
     assert (frame.attrs["series"], frame.attrs["windows"]) == (3, 5)
     assert list(frame.index.get_level_values("item_id")) == ["s0", "s0", "one-gap", "s1", "s1"]
-    assert caplog.messages == [
-        "backtest skips what it cannot score: 4 of 8 series have no observed value before their last 8 steps, "
-        "1 have none in any window; of the windows of the others, 1 have none"
-    ]
+    assert caplog.messages == ["backtest skips 1 windows of the series that it scores: they have no observed value"]
     rest = backtest(Noisy(4), [*good, one_gap], windows=2)
-    pd.testing.assert_frame_equal(backtest(Noisy(4), data, windows=2), rest, rtol=1e-12)
+    with pytest.warns(UnusableWarning):
+        again = backtest(Noisy(4), data, windows=2, unusable="skip")
+    pd.testing.assert_frame_equal(again, rest, rtol=1e-12)
     caplog.clear()
     backtest(Noisy(4), good, windows=2)
     assert caplog.messages == []
@@ -249,7 +259,8 @@ def test_every_kind_of_dataset_gives_the_same_scores(tmp_path: Path) -> None:
 
 def test_rows_are_named_by_position_where_items_have_no_name() -> None:
     data = [entry(None, [1, 2]), entry(None, [1, 2, 4, 3, 5]), {**entry("x", [1, 2, 4, 3, 5]), "item_id": 17}]
-    rows = backtest(SeasonalNaive(2), data, per_window=True)
+    with pytest.warns(UnusableWarning, match=r"^1 of 3 series are left out, they cannot be scored: entry 0 \(no obs"):
+        rows = backtest(SeasonalNaive(2), data, per_window=True, unusable="skip")
     assert list(rows.index) == [(1, START + 3), (17, START + 3)]
 
 
@@ -359,14 +370,15 @@ TARGET = "item_id {} has a target of shape {}; expected (time,) or (dim, time), 
         (
             [entry(None, np.ones((1, 2, 9)))],
             {},
-            TARGET.format(0, (1, 2, 9)),
+            TARGET.format(0, (1, 2, 9)).replace("item_id", "entry"),
         ),
     ],
 )
 def test_wrong_arguments_are_named(data: Any, options: dict[str, Any], message: str | None) -> None:
     predictor = SeasonalNaive(2)
     if message is None:
-        assert backtest(predictor, data, **options).attrs["skipped"]["too_short"] == 1
+        with pytest.warns(UnusableWarning):
+            assert backtest(predictor, data, unusable="skip", **options).attrs["skipped"]["too_short"] == 1
         return
     with pytest.raises(ValueError, match=exactly(message)):
         backtest(predictor, data, **options)
@@ -378,8 +390,8 @@ def test_iterators_timestamps_and_lead_time_are_refused() -> None:
     ):
         backtest(SeasonalNaive(2), iter(PAIR))
     message = (
-        "item_id 'a' has start '2024-01-01'; expected a pandas.Period, which "
-        "gluonts.dataset.common.ListDataset makes of it"
+        "start of item_id 'a' is '2024-01-01', a str; a pandas.Period says the frequency too: give"
+        " pd.Period('2024-01-01', freq='D'), or gluonts.dataset.common.ListDataset(entries, freq='D')"
     )
     with pytest.raises(TypeError, match=exactly(message)):
         backtest(SeasonalNaive(2), [{**PAIR[0], "start": "2024-01-01"}])

@@ -18,6 +18,7 @@ from gluonts.model.estimator import Estimator
 
 import gluonts_peft.estimator
 from gluonts_peft import PeftEstimator, PeftPredictor, TuningDidNotHelp, get_adapter, get_estimator, list_adapters
+from gluonts_peft.series.entries import UnusableWarning
 from gluonts_peft.training import mean_loss
 from gluonts_peft.windows import SeriesStore, Windows
 
@@ -132,7 +133,7 @@ def test_arguments_are_converted_and_not_changed() -> None:
 def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'max_epoch'"):
         get_estimator("chronos")(prediction_length=6, max_epoch=3)
-    message = "hyperparameter 'max_epoch' is unknown; did you mean 'max_epochs'? known: adapter, backbone_options, "
+    message = "hyperparameter 'max_epoch' is unknown; did you mean 'max_epochs'? known: adapter, any_freq, "
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         get_estimator("chronos").from_hyperparameters(prediction_length=6, max_epoch=3)
 
@@ -279,9 +280,17 @@ def test_validation_data_that_cannot_be_used_are_refused() -> None:
         make_estimator().train(DATA, [])
 
 
-def test_series_that_are_too_short_are_left_out(tuned: PeftPredictor) -> None:
+def test_series_that_are_too_short_are_left_out_if_asked(tuned: PeftPredictor) -> None:
     """They take no part: neither in training nor in the gate."""
-    mixed = make_estimator(gate="keep").train([*DATA, *make_dataset(count=3, length=11)])
+    data = [*DATA, *make_dataset(count=3, length=11)]
+    with pytest.raises(
+        ValueError, match=r"^3 of 11 series cannot be trained on: item_id 's0' \(11 steps, needed are 18"
+    ):
+        make_estimator(gate="keep").train(data)
+    estimator = make_estimator(gate="keep", unusable="skip")
+    with pytest.warns(UnusableWarning, match="^3 of 11 series are left out, they cannot be trained on: item_id 's0'"):
+        mixed = estimator.train(data)
+    assert estimator.skipped == {"training": 3}
     assert mixed.fit == type(mixed.fit)(**{**vars(tuned.fit), "seconds": mixed.fit.seconds})
     assert np.array_equal(values_of(mixed), values_of(tuned))
 
@@ -343,7 +352,8 @@ def test_with_validation_data_nothing_is_held_out(monkeypatch: pytest.MonkeyPatc
     other = make_dataset(count=3, seed=5)
     predictor = make_estimator(adapter="none", validation_windows=2).train(DATA, other)
     windows: Windows = seen["windows"]
-    assert windows.holdout == 0
+    # The same names and times, but other values.
+    assert np.all(windows.holdout == 0)
     assert windows.pairs(0, 2000)[1].max() + 6 == 80
     labels = np.concatenate([batch["future_target"] for batch in seen["validation"]])
     expected = [entry["target"][begin : begin + 6] for entry in other for begin in (68, 74)]

@@ -134,8 +134,8 @@ def test_seasonal_gaps_are_filled_better_than_by_a_line_or_the_last_value(moment
         (
             [entry(np.full(9, np.nan), "c"), entry(np.full(9, np.nan), "d")],
             {},
-            "series 'c' has no observed value: there is nothing to fill it from; leave it out, or keep it missing with"
-            " unfillable='keep' (2 such in the dataset)",
+            "2 of 2 series cannot be imputed: item_id 'c' (no observed value), item_id 'd' (no observed value); leave"
+            " them out, keep them missing: unfillable='keep', or go on without them: unusable='skip' (command line:",
         ),
         (
             [entry(daily(9))],

@@ -226,10 +226,10 @@ def test_the_number_of_samples_is_what_was_asked_for(trained: dict[str, PeftPred
 @pytest.mark.parametrize(
     ("entry", "batch_size", "name"),
     [
-        ({**DATA[0], "item_id": "blank", "target": np.full(50, np.nan)}, 64, "'blank'"),
-        ({**DATA[0], "item_id": "gone", "target": np.append(np.ones(50), np.full(32, np.nan))}, 2, "'gone'"),
-        ({"start": DATA[0]["start"], "target": np.full(5, np.nan)}, 3, "'at position 8'"),
-        ({"start": DATA[0]["start"], "target": []}, 64, "'at position 8'"),
+        ({**DATA[0], "item_id": "blank", "target": np.full(50, np.nan)}, 64, "item_id 'blank'"),
+        ({**DATA[0], "item_id": "gone", "target": np.append(np.ones(50), np.full(32, np.nan))}, 2, "item_id 'gone'"),
+        ({"start": DATA[0]["start"], "target": np.full(5, np.nan)}, 3, "entry 8"),
+        ({"start": DATA[0]["start"], "target": []}, 64, "entry 8"),
     ],
 )
 def test_a_history_without_values_is_refused_by_name(
@@ -237,7 +237,8 @@ def test_a_history_without_values_is_refused_by_name(
 ) -> None:
     lora.batch_size = batch_size
     message = (
-        f"series {name} has no observed value in its last 32 steps: there is nothing to forecast from; leave it out"
+        f"1 of 9 series cannot be forecast: {name} (no observed value in its last 32 steps); leave them out, or go on"
+        " without them: unusable='skip' (command line: --unusable skip)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         values_of(lora, [*DATA, entry])

@@ -28,6 +28,7 @@ import pandas as pd
 
 from ..registry import unknown
 from ..windows import FEATURES, Layout, _rows
+from .calendar import dated
 from .season import unit_of
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ __all__ = [
     "EntryError",
     "Unusable",
     "UnusableWarning",
+    "as_array",
+    "called",
     "check_unusable",
+    "in_step",
     "nothing_seen",
 ]
 
@@ -91,6 +95,32 @@ def nothing_seen(target: np.ndarray, steps: int | None = None) -> str | None:
     return "no observed value" if steps is None else f"no observed value in its last {steps} steps"
 
 
+def in_step(found: Iterable[tuple[Any, Any]], dataset: Iterable[Entry]) -> Iterator[Entry]:
+    """Return the entries that results belong to: those of the same name and start, in order; others are passed over.
+
+    Parameters
+    ----------
+    found
+        The ``item_id`` of each result, or the position of its entry as text, and its start.
+    dataset
+        What the results were made of.
+
+    Raises
+    ------
+    ValueError
+        If a result has no entry.
+    """
+    entries = enumerate(dataset)
+    for name, start in found:
+        for position, entry in entries:
+            own = entry.get("item_id")
+            if (str(position) if own is None else own) == name and entry["start"] == start:
+                yield entry
+                break
+        else:
+            raise ValueError(f"the dataset has no entry of item_id {name!r} that starts at {start}, in this order")
+
+
 class Unusable:
     """Collects series that a verb has no use for, and says so once.
 
@@ -131,9 +161,10 @@ class Unusable:
         count = f"{len(self.found)} of {total} series"
         self.found = []
         if self.policy == "raise":
+            ways = f"leave them out, {remedy} or" if remedy else "leave them out, or"
             raise ValueError(
-                f"{count} cannot be {self.verb}: {shown}{more}; leave them out, {remedy}or go on without them:"
-                " unusable='skip' (command line: --unusable skip)"
+                f"{count} cannot be {self.verb}: {shown}{more}; {ways} go on without them: unusable='skip' (command"
+                " line: --unusable skip)"
             )
         warnings.warn(UnusableWarning(f"{count} are left out, they cannot be {self.verb}: {shown}{more}"), stacklevel=3)
 
@@ -163,6 +194,18 @@ class Door:
         Take data of another frequency all the same, and such as lie on a finer grid than they were observed on.
     gaps
         Whether gaps are what the verb is for, so that a grid that is mostly missing is no sign of a mistake.
+    complete
+        Whether all is read before anything is computed, however it is read.
+    remedy
+        A further way out for unusable series, a clause that ends in a comma.
+
+    Attributes
+    ----------
+    names, positions
+        The ``item_id`` of the entries that were handed over in the last reading, None where there is none, and where
+        they stand in the dataset.
+    found_freq
+        Frequency of the entries of the last reading.
 
     Raises
     ------
@@ -183,6 +226,8 @@ class Door:
         freq: str | None = None,
         any_freq: bool = False,
         gaps: bool = False,
+        complete: bool = False,
+        remedy: str = "",
     ) -> None:
         able: Any = frozenset() if backbone is None else backbone.capabilities
         self.verb = verb
@@ -196,6 +241,11 @@ class Door:
         self.freq = freq
         self.any_freq = any_freq
         self.gaps = gaps
+        self.complete = complete
+        self.remedy = remedy
+        self.names: list[Any] = []
+        self.positions: list[int] = []
+        self.found_freq: str | None = None
 
     def open(self, dataset: Any) -> Iterable[Entry]:
         """Return the entries that can be used, in order, each checked before it is handed over.
@@ -213,7 +263,7 @@ class Door:
         _require_dataset(dataset)
         if isinstance(dataset, list | tuple):
             return list(_Pass(self, whole=True).entries(dataset))
-        return _Checked(self, dataset)
+        return _Checked(self, dated(dataset))
 
     def read(self, dataset: Any) -> list[Entry]:
         """Return all entries that can be used as a list, checked as a whole.
@@ -224,7 +274,7 @@ class Door:
             As :meth:`open`.
         """
         _require_dataset(dataset)
-        return list(_Pass(self, whole=True).entries(dataset))
+        return list(_Pass(self, whole=True).entries(dated(dataset)))
 
 
 class _Checked:
@@ -244,6 +294,7 @@ class _Pass:
     def __init__(self, door: Door, *, whole: bool) -> None:
         self.door = door
         self.whole = whole
+        door.names, door.positions = [], []
         self.layout = Layout()
         self.names: tuple[str, ...] = ()
         self.first = ""
@@ -263,23 +314,27 @@ class _Pass:
                 if lack is not None:
                     self.unusable.add(_called(entry, position), lack)
                     if not self.whole and self.door.policy == "raise":
-                        self.unusable.settle(position + 1)
-                elif self.whole:
+                        self.unusable.settle(position + 1, self.door.remedy)
+                    continue
+                self.door.names.append(entry.get("item_id"))
+                self.door.positions.append(position)
+                if self.whole:
                     kept.append(entry)
                 else:
                     yield entry
         finally:
             # Also where the reader stops early; not over an error that is on its way.
             if not self.whole and self.door.policy == "skip":
-                self.unusable.settle(position + 1)
+                self.unusable.settle(position + 1, self.door.remedy)
         if position < 0 and iter(dataset) is dataset:
             raise EntryError(
                 f"dataset is a {type(dataset).__name__} that is empty, or used up already; give a list, which can be"
                 " read again"
             )
-        if self.whole:
+        if self.whole or self.door.complete:
             self._settle_grid()
-            self.unusable.settle(position + 1)
+        if self.whole:
+            self.unusable.settle(position + 1, self.door.remedy)
             yield from kept
 
     def check(self, position: int, entry: Any) -> tuple[Entry, str | None]:
@@ -290,7 +345,7 @@ class _Pass:
         item_id = entry.get("item_id")
         if item_id is not None and not _hashable(item_id):
             raise EntryError(f"item_id of entry {position} is a {type(item_id).__name__}; give text or a number")
-        target = _array(raw)
+        target = as_array(raw)
         if target is not raw and raw is not None:
             entry = {**entry, "target": target}
         if position == 0:
@@ -298,6 +353,13 @@ class _Pass:
         wanted = 1 if self.layout.dimensions is None else 2
         shaped = target.ndim == wanted and (wanted == 1 or len(target) == self.layout.dimensions)
         if raw is None or not shaped or not _real(target):
+            if self.door.family is None and target.dtype.kind in "biuf":
+                raise EntryError(
+                    f"{name} has a target of shape {target.shape}; expected (time,) or (dim, time), with the same dim"
+                    " for all series"
+                    if not shaped
+                    else f"{name} has a target with infinite values; give NaN for missing values"
+                )
             self._explain(entry, position)
         self._check_start(entry, name)
         self._check_fields(entry, position, name, target.shape[-1])
@@ -339,6 +401,7 @@ class _Pass:
         unit = unit_of(text)
         if self.freq is None:
             self.freq = (text, unit)
+            self.door.found_freq = text
             trained = self.door.freq
             if trained is not None and unit != unit_of(trained) and not self.door.any_freq:
                 raise EntryError(
@@ -434,9 +497,13 @@ def _not_an_entry(position: int, entry: Any) -> str:
     return f"entry {position} of the dataset is a {kind}, not a mapping with 'start' and 'target'; {_HOW}"
 
 
-def _called(entry: Entry, position: int) -> str:
-    item_id = entry.get("item_id")
+def called(item_id: Any, position: int) -> str:
+    """Return what an entry is called in messages: its ``item_id``, or its position."""
     return f"entry {position}" if item_id is None else f"item_id {item_id!r}"
+
+
+def _called(entry: Entry, position: int) -> str:
+    return called(entry.get("item_id"), position)
 
 
 def _hashable(value: Any) -> bool:
@@ -447,7 +514,7 @@ def _hashable(value: Any) -> bool:
     return True
 
 
-def _array(values: Any) -> np.ndarray:
+def as_array(values: Any) -> np.ndarray:
     """Values as an array, with NaN where they are masked or missing in the way of pandas."""
     if type(values) is np.ndarray:
         return values
@@ -465,7 +532,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _real(values: Any) -> bool:
-    array = _array(values)
+    array = as_array(values)
     return array.dtype.kind in "biu" or array.dtype.kind == "f" and not np.isinf(array).any()
 
 

@@ -31,6 +31,7 @@ from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
 from ..files import replacing, write_atomically
 from ..registry import get_estimator
 from ..series.calendar import calendar_of, first_stamp
+from ..series.entries import UnusableWarning
 from ..series.season import season_length
 from ..series.table import DataEntry, read_dataset, split_by_item
 from ..synthetic import sample_series
@@ -40,6 +41,7 @@ from ..vitals.output import WHOLE, find_manifest
 from .spec import BASELINE, DataSpec, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
+    from ..estimator import PeftEstimator
     from ..predictor import PeftPredictor
 
 __all__ = ["EXAMPLES", "WINDOWS", "Data", "load_data", "run_trial", "windows_file"]
@@ -154,7 +156,8 @@ def run_trial(
     elsewhere: dict[str, float | None] = {}
     others = {name: load_data(other) for name, other in spec.also.items()}
     for name, other in spec.also.items():
-        further = _Remembered(predictor)
+        # Data of another kind were asked for.
+        further = _Remembered(predictor, **({} if naive else {"any_freq": True}))
         found_there, each = _score(further, _visible(others[name].test, spec, other, visible_context), other)
         with replacing(folder / windows_file(name)) as part:
             each.to_parquet(part, index=False)
@@ -169,6 +172,7 @@ def run_trial(
             **{name: scores.attrs[name] for name in ("series", "windows", "unscaled_windows", "seasonless_windows")},
             "train_series": len(data.train),
             **skipped,
+            **found.pop("counts", {}),
         },
         seconds_forecast=remembered.seconds,
         seconds_total=time.perf_counter() - started,
@@ -311,7 +315,7 @@ def windows_file(name: str = "") -> str:
 
 def _score(predictor: Predictor, test: list[DataEntry], data: DataSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the scores over all windows, one row, and those of each window."""
-    options: dict[str, Any] = dict(windows=data.windows, seasonality=data.season)
+    options: dict[str, Any] = dict(windows=data.windows, seasonality=data.season, unusable="skip")
     with _counted_not_logged():
         scores = backtest(predictor, test, **options)
         windows = backtest(predictor, test, **options, per_window=True)
@@ -382,11 +386,18 @@ def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[P
         **{**training, "learning_rate": training["learning_rate"] or LEARNING_RATE},
         seed=spec.seed,
         gate="keep",
+        unusable="skip",
         folder=str(folder / TRAINING),
         progress=progress,
     )
-    predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
-    return predictor, _training_facts(predictor)
+    with _counted_not_logged():
+        predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
+    return predictor, _training_facts(predictor) | {"counts": _skipped_counts(estimator)}
+
+
+def _skipped_counts(estimator: PeftEstimator) -> dict[str, int]:
+    """Return how many series of each part the estimator left out, as it had no window in them."""
+    return {f"skipped_in_{name}": count for name, count in estimator.skipped.items()}
 
 
 def _training_facts(predictor: PeftPredictor) -> dict[str, Any]:
@@ -415,11 +426,13 @@ def _tune(
         **spec.training.model_dump(),
         seed=spec.seed,
         gate="keep",
+        unusable="skip",
         folder=str(folder / TRAINING),
         progress=progress,
         trainer_kwargs=None if evaluate is None else {"callbacks": [_evaluation(evaluate, spec)]},
     )
-    predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
+    with _counted_not_logged():
+        predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
     # An attempt that ended after this point has left a predictor and no result.
     shutil.rmtree(folder / PREDICTOR, ignore_errors=True)
     predictor.serialize(folder / PREDICTOR)
@@ -432,6 +445,7 @@ def _tune(
     }
     facts = _training_facts(predictor)
     facts |= {
+        "counts": _skipped_counts(estimator),
         # Zero-shot has nothing to pass.
         "gate": verdict if facts["trainable_parameters"] else None,
         "adapter": PREDICTOR,
@@ -487,28 +501,31 @@ def _evaluation(evaluate: Evaluate, spec: TrialSpec) -> Any:
 class _Remembered(Predictor):  # type: ignore[misc]
     """Forecasts once, and gives the same forecasts to all who ask."""
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, **options: Any) -> None:
         super().__init__(prediction_length=predictor.prediction_length)
         self.predictor = predictor
+        self.options = options
         self.forecasts: list[Forecast] = []
         self.seconds = 0.0
 
     def predict(self, dataset: Dataset, **options: Any) -> Iterator[Forecast]:
         if not self.forecasts:
             started = time.perf_counter()
-            self.forecasts = list(self.predictor.predict(dataset, **options))
+            self.forecasts = list(self.predictor.predict(dataset, **self.options, **options))
             self.seconds = time.perf_counter() - started
         return iter(self.forecasts)
 
 
 @contextmanager
 def _counted_not_logged() -> Iterator[None]:
-    """Keep what the backtest skips out of the log: it is in the result, and a study would say it hundreds of times."""
+    """Keep what is left out from being said: it is in the result, and a study would say it hundreds of times."""
     logger = logging.getLogger("gluonts_peft.backtesting")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnusableWarning)
+            yield
     finally:
         logger.setLevel(level)
 

@@ -434,7 +434,8 @@ def _validate(
     metrics = [metric for metric in default_metrics() if columns is None or metric(axis=None).name in columns]
     validation = _visible(load_data(spec.data).validation, spec, spec.data, visible_context)
     with _counted_not_logged():
-        scores = backtest(predictor, validation, windows=spec.data.windows, metrics=metrics).iloc[0]
+        options: dict[str, Any] = dict(metrics=metrics, seasonality=spec.data.season, unusable="skip")
+        scores = backtest(predictor, validation, windows=spec.data.windows, **options).iloc[0]
     return {str(name): _finite(value) for name, value in scores.items()}
 
 
