@@ -183,7 +183,7 @@ def detect(
         )
     # Refused before the work rather than after it.
     smooth([], smoothing)
-    _threshold(np.linspace(0.0, 1.0, 2 * LEAST_CALIBRATION), threshold, "")
+    _threshold_options(threshold)
     find_events(Scores("", pd.Period("2000", "D"), np.zeros(1)), 0.0, merge=merge, min_length=min_length)
     common: dict[str, Any] = dict(method=method, unusable=unusable, **options)
     limit = None
@@ -586,7 +586,8 @@ def threshold(scores: ArrayLike, spec: str | Mapping[str, Any] = "quantile") -> 
     return _threshold(np.asarray(scores, float), spec, "the calibration part")
 
 
-def _threshold(scores: Floats, spec: str | Mapping[str, Any], where: str) -> float:
+def _threshold_options(spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of a threshold, or raise a ValueError if they cannot be used on any scores."""
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     if name not in THRESHOLDS:
@@ -597,6 +598,14 @@ def _threshold(scores: Floats, spec: str | Mapping[str, Any], where: str) -> flo
             raise ValueError(unknown(f"threshold {name!r}: option", option, known))
         if isinstance(options[option], bool) or not isinstance(options[option], int | float):
             raise ValueError(f"threshold {name!r}: {option} {options[option]!r} is not a number")
+    for share in ("level", "risk"):
+        if share in options:
+            _between(share, float(options[share]))
+    return str(name), options
+
+
+def _threshold(scores: Floats, spec: str | Mapping[str, Any], where: str) -> float:
+    name, options = _threshold_options(spec)
     clean = scores[~np.isnan(scores)]
     if len(clean) < LEAST_CALIBRATION:
         raise ValueError(

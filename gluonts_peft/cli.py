@@ -61,6 +61,12 @@ Season = Annotated[
         "--season", "--seasonality", help="Steps in a season.  [default: the frequency's, 7 for days, 24 for hours]"
     ),
 ]
+Unusable = Annotated[
+    str, typer.Option(help="Series of no use, as all missing or too short: raise, or skip (go on without them).")
+]
+AnyFreq = Annotated[
+    bool, typer.Option("--any-freq", help="Take data of another frequency than they seem to have, or the model has.")
+]
 Baselines = Annotated[bool, typer.Option(help="Score zero-shot, last value and seasonal naive as well.")]
 Override = Annotated[list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a key; repeatable.")]
 
@@ -257,6 +263,13 @@ def _predictor(
     return PeftPredictor(backbone, device=device)
 
 
+def _check_samples(predictor: PeftPredictor, num_samples: int | None) -> None:
+    backbone = predictor.backbone
+    new_head = backbone.adapter is not None and backbone.adapter.head_levels is not None
+    if num_samples is not None and (new_head or "samples" not in backbone.capabilities):
+        raise ValueError(f"--num-samples {num_samples} has no use: the model forecasts quantiles; leave it out")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         from . import __version__
@@ -349,6 +362,8 @@ def fit(
         str, typer.Option(help="forecast, or reconstruct (for detect and impute; --horizon then has no effect).")
     ] = "forecast",
     device: Device = "auto",
+    unusable: Unusable = "raise",
+    any_freq: AnyFreq = False,
     resume: Resume = False,
     *,
     columns: Columns,
@@ -357,6 +372,7 @@ def fit(
 
     While it runs, its checkpoints are in OUT/training; after an interruption repeat the command with --resume.
     """
+    _one_of("unusable", unusable, ("raise", "skip"))
     spec = _adapter(adapter)
     if task not in ("forecast", "reconstruct"):
         raise ValueError(f"--task {task} is unknown; name forecast or reconstruct")
@@ -383,6 +399,8 @@ def fit(
             device=device,
             folder=str(training),
             progress=sys.stderr.isatty(),
+            unusable=unusable,
+            any_freq=any_freq,
         )
         try:
             predictor: Any
@@ -516,20 +534,32 @@ def forecast(
     context: Context = None,
     num_samples: Samples = None,
     device: Device = "auto",
+    unusable: Unusable = "raise",
+    any_freq: AnyFreq = False,
     overwrite: Overwrite = False,
     *,
     columns: Columns,
 ) -> None:
     """Forecast the steps after the end of each series of DATA, with a tuned model or zero-shot."""
+    _one_of("unusable", unusable, ("raise", "skip"))
     from .series.table import writable, write_forecasts
 
     _check_model(model, family, horizon, context)
     writable(out, overwrite)
     dataset = columns.read(data)
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
-    forecasts = predictor.predict(dataset, num_samples=num_samples)
-    write_forecasts(forecasts, out, overwrite=overwrite, columns=columns.names[:2])
-    _say(f"{predictor.prediction_length} steps of {len(dataset)} series forecast: {out}")
+    _check_samples(predictor, num_samples)
+    count = 0
+
+    def counted() -> Iterator[Any]:
+        nonlocal count
+        options: dict[str, Any] = dict(num_samples=num_samples, unusable=unusable, any_freq=any_freq)
+        for each in predictor.predict(dataset, **options):
+            count += 1
+            yield each
+
+    write_forecasts(counted(), out, overwrite=overwrite, columns=columns.names[:2])
+    _say(f"{predictor.prediction_length} steps of {count} series forecast: {out}")
 
 
 @app.command(epilog=_example("backtest test.csv --model model --windows 3 --out scores.csv"))
@@ -547,12 +577,15 @@ def backtest(
     baselines: Baselines = True,
     num_samples: Samples = None,
     device: Device = "auto",
+    unusable: Unusable = "raise",
+    any_freq: AnyFreq = False,
     out: Annotated[Path | None, typer.Option(help="CSV file for the scores.")] = None,
     overwrite: Overwrite = False,
     *,
     columns: Columns,
 ) -> None:
     """Score a model on the last windows of each series of DATA, which it must not have been trained on."""
+    _one_of("unusable", unusable, ("raise", "skip"))
     if out is not None:
         if out.exists() and not overwrite:
             raise FileExistsError(f"--out {out} exists; name another file, or replace it: --overwrite")
@@ -569,8 +602,15 @@ def backtest(
     from .series.season import season_length
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
+    _check_samples(predictor, num_samples)
     season = season_length(dataset[0]["start"].freqstr) if seasonality is None else seasonality
-    common: dict[str, Any] = dict(windows=windows, seasonality=season)
+    common: dict[str, Any] = dict(
+        windows=windows,
+        seasonality=season,
+        unusable=unusable,
+        any_freq=any_freq,
+        visible_context=predictor.backbone.past_length,
+    )
     adapter = predictor.backbone.adapter
     scores = {"zero-shot" if adapter is None else "model": score(predictor, dataset, num_samples=num_samples, **common)}
     counts = next(iter(scores.values())).attrs
@@ -626,10 +666,13 @@ def detect(
         str | None, typer.Option(help="Column with 1 where there is an anomaly: scores the scores.")
     ] = None,
     device: Device = "auto",
+    unusable: Unusable = "raise",
+    any_freq: AnyFreq = False,
     *,
     columns: Columns,
 ) -> None:
     """Find anomalies in each series of DATA, with a tuned model or zero-shot."""
+    _one_of("unusable", unusable, ("raise", "skip"))
     spec = _json("--threshold", threshold, '{"name": "quantile", "level": 0.999}')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out {out} is in use; name a new folder")
@@ -669,13 +712,19 @@ def detect(
         merge=merge,
         min_length=min_length,
         stride=stride,
+        unusable=unusable,
+        any_freq=any_freq,
         progress=sys.stderr.isatty(),
     )
+    if not found:
+        raise ValueError(f"no series of '{data}' is left to be judged; give others, or another --calibration")
     write_detections(found, dataset, out, columns=columns.names)
     from .series.calendar import first_stamp
 
     quality = []
-    for each, label in zip(found, truth, strict=True) if truth else ():
+    labels_of = {label["item_id"]: label for label in truth or ()}
+    for each in found if truth else ():
+        label = labels_of[each.scores.item_id]
         judged, marks = each.scores.values[each.begin :], label["target"][each.begin :]
         # A series without anomalies, or with nothing else, is nothing to measure by.
         both = 0 < marks[~np.isnan(judged)].astype(bool).sum() < (~np.isnan(judged)).sum()
@@ -727,11 +776,14 @@ def impute(
     max_gap: Annotated[int | None, typer.Option(help="Longest gap to fill.  [default: half the context]")] = None,
     unfillable: Annotated[str, typer.Option(help="Longer gaps and empty series: raise, keep (missing).")] = "raise",
     device: Device = "auto",
+    unusable: Unusable = "raise",
+    any_freq: AnyFreq = False,
     overwrite: Overwrite = False,
     *,
     columns: Columns,
 ) -> None:
     """Fill the gaps of each series of DATA; observed values stay as they are."""
+    _one_of("unusable", unusable, ("raise", "skip"))
     import numpy as np
 
     from .series.table import writable
@@ -748,10 +800,20 @@ def impute(
     from .imputation import write_imputed
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
-    filled = fill(predictor, dataset, max_gap=max_gap, unfillable=unfillable, progress=sys.stderr.isatty())
+    filled = fill(
+        predictor,
+        dataset,
+        max_gap=max_gap,
+        unfillable=unfillable,
+        unusable=unusable,
+        any_freq=any_freq,
+        progress=sys.stderr.isatty(),
+    )
+    if not filled:
+        raise ValueError(f"no series of '{data}' has an observed value; give others")
     table = write_imputed(dataset, filled, out, overwrite=overwrite, columns=columns.names)
     left = int(table[columns.target].isna().sum())
-    _say(f"{int(table['imputed'].sum())} values of {len(dataset)} series filled, {left} left missing: {out}")
+    _say(f"{int(table['imputed'].sum())} values of {len(filled)} series filled, {left} left missing: {out}")
 
 
 @app.command(epilog=_example("study examples/demo.yaml --out runs/demo --jobs 2 --set prediction_length=12"))

@@ -515,22 +515,22 @@ def _forecasts(
     for entry, own in zip(entries, values, strict=True):
         common = {
             "start_date": entry["start"] + np.shape(entry["target"])[-1],
-            "item_id": entry.get("item_id"),
             "info": entry.get("info"),
         }
+        # The constructors take text only.
+        name = entry.get("item_id")
         if levels is None:
             sampled = SampleForecast(samples=own, **common)
-            # The constructor makes text of it.
-            sampled.item_id = common["item_id"]
+            sampled.item_id = name
             yield sampled
         elif first is None:
             # GluonTS finds a level only under the spelling str(float).
             first = QuantileForecast(own, forecast_keys=[str(level) for level in levels], **common)
-            first.item_id = common["item_id"]
+            first.item_id = name
             yield first
         else:
             # The constructor parses every level anew, at the cost of a small network's forecast.
             forecast = copy.copy(first)
             arrays = dict(zip(first.forecast_keys, own, strict=True))
-            vars(forecast).update(forecast_array=own, _forecast_dict=arrays, **common)
+            vars(forecast).update(forecast_array=own, _forecast_dict=arrays, item_id=name, **common)
             yield forecast

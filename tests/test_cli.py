@@ -220,7 +220,9 @@ def test_fit_reads_named_columns_and_a_validation_file(data: Path, tmp_path: Pat
     )
     columns = ["--item-id", "who", "--timestamp", "when", "--target", "HR", "--freq", "h"]
     hybrid = ["--adapter", '["layernorm", {"name": "lora", "r": 1}]', "--gate", "keep"]
-    output = ok("fit", renamed, "--out", tmp_path / "model", "--validation", renamed, *columns, *hybrid, *SHORT)
+    other = tmp_path / "other.csv"
+    pd.read_csv(renamed).assign(HR=lambda table: table["HR"] + 1).to_csv(other, index=False)
+    output = ok("fit", renamed, "--out", tmp_path / "model", "--validation", other, *columns, *hybrid, *SHORT)
     assert "layernorm + lora(r=1)" in output
     assert names(tmp_path / "model") == COMPLETE
     forecasts = tmp_path / "forecasts.parquet"
@@ -608,15 +610,19 @@ def test_backtest_of_zero_shot_needs_no_model(data: Path, tmp_path: Path) -> Non
     )
 
 
-def test_series_that_cannot_be_scored_are_a_warning_of_one_line(data: Path, tmp_path: Path) -> None:
+def test_series_that_cannot_be_scored_are_an_error_or_a_warning_of_one_line(data: Path, tmp_path: Path) -> None:
     table = pd.read_csv(data)
     path = tmp_path / "short.csv"
     pd.concat([table, table[table["item_id"] == "a"].head(4).assign(item_id="short")]).to_csv(path, index=False)
-    result = run("backtest", path, "--horizon", "6", "--no-baselines")
+    assert refused("backtest", path, "--horizon", "6") == (
+        "1 of 4 series cannot be scored: item_id 'short' (no observed value before its last 6 steps); leave them out,"
+        " or go on without them: unusable='skip' (command line: --unusable skip)"
+    )
+    result = run("backtest", path, "--horizon", "6", "--no-baselines", "--unusable", "skip")
     assert result.exit_code == 0
     assert result.stderr == (
-        "warning: backtest skips what it cannot score: 1 of 4 series have no observed value before their last 6 steps,"
-        " 0 have none in any window; of the windows of the others, 0 have none\n"
+        "warning: 1 of 4 series are left out, they cannot be scored: item_id 'short' (no observed value before its last"
+        " 6 steps)\n"
     )
 
 

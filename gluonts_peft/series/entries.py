@@ -345,11 +345,11 @@ class _Pass:
         item_id = entry.get("item_id")
         if item_id is not None and not _hashable(item_id):
             raise EntryError(f"item_id of entry {position} is a {type(item_id).__name__}; give text or a number")
-        target = as_array(raw)
+        target, given = as_array(raw), entry
         if target is not raw and raw is not None:
             entry = {**entry, "target": target}
         if position == 0:
-            self._begin(entry, name)
+            self._begin(given, name)
         wanted = 1 if self.layout.dimensions is None else 2
         shaped = target.ndim == wanted and (wanted == 1 or len(target) == self.layout.dimensions)
         if raw is None or not shaped or not _real(target):
@@ -360,7 +360,7 @@ class _Pass:
                     if not shaped
                     else f"{name} has a target with infinite values; give NaN for missing values"
                 )
-            self._explain(entry, position)
+            self._explain(given, position)
         self._check_start(entry, name)
         self._check_fields(entry, position, name, target.shape[-1])
         if self.door.lacks is None and (self.coarse == 1 or self.door.gaps):
