@@ -401,17 +401,20 @@ class Backbone(nn.Module, ABC):
         """Device of the network."""
         return next(self.network.parameters()).device
 
-    def places(self, kinds: Iterable[str]) -> tuple[str, ...]:
-        """Return the names of all sites of some kinds, in the network's order, each once.
+    def places(self, kinds: str | Iterable[str]) -> tuple[str, ...]:
+        """Return the names of all sites of one kind or several, in the network's order, each once.
 
         Raises
         ------
         ValueError
-            If a kind is unknown, or the family has no site of any of them.
+            If a kind is unknown or no name, or the family has no site of any of them.
         """
         from .registry import unknown
 
-        kinds = list(kinds)
+        given = kinds
+        kinds = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
+        if not kinds or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"sites {given!r} are no kinds of site; name some of: {', '.join(sorted(SITES))}")
         sites = self.sites()
         for kind in kinds:
             if kind not in SITES:

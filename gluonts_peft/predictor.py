@@ -407,7 +407,7 @@ def _check_type(folder: Path, kind: type[PeftPredictor]) -> None:
     """Refuse a folder of another program's predictor, without importing what it names."""
     file = folder / TYPE
     try:
-        named = load_json(file)["type"]
+        named = str(load_json(file)["type"])
     except FileNotFoundError:
         if (folder / CONFIG).exists():
             raise PredictorError(

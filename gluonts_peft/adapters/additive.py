@@ -212,7 +212,7 @@ class PeftAdapter(Adapter):
             options.pop("sites", None)
         else:
             sites = options.pop("sites", method.sites)
-            places = backbone.places((sites,) if isinstance(sites, str) else sites)
+            places = backbone.places(sites)
             if method.feedforward and "sites" not in self.options:
                 feedforward = backbone.places(method.feedforward)
                 options.setdefault("feedforward_modules", list(feedforward))

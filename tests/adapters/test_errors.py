@@ -113,6 +113,10 @@ def test_unknown_options_of_peft_methods(spec: dict[str, Any], start: str, known
             {"name": "lora", "sites": "ff_inn"},
             f"site 'ff_inn' is unknown; did you mean 'ff_in'? known: {KINDS}",
         ),
+        *(
+            ({"name": "lora", "sites": value}, f"sites {value!r} are no kinds of site; name some of: {KINDS}")
+            for value in (None, 3, 0.5, True, [], {}, [1], ["q", None], [["q"]])
+        ),
     ],
 )
 def test_unknown_sites(spec: dict[str, Any], message: str) -> None:
