@@ -219,8 +219,8 @@ class Head(nn.Module):
 def _check(**options: Any) -> None:
     """Refuse options of a head that cannot be used."""
     for name, known in (("kind", KINDS), ("output", OUTPUTS)):
-        if options[name] not in known:
-            raise ValueError(unknown(f"{name} of a head", options[name], known))
+        if not isinstance(options[name], str) or options[name] not in known:
+            raise ValueError(unknown(f"{name} of a head", str(options[name]), known))
     for name in ("width", "rank", "windows"):
         value = options.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):

@@ -55,13 +55,24 @@ def _wanted() -> dict[str, np.ndarray]:
     return load_file(STORED / "forecasts.safetensors")
 
 
+@cache
+def _written(name: str, place: Path) -> Path:
+    """Write a stored predictor as this version does: with a digest of its tensors, which 0.1.0 had none of."""
+    from gluonts_peft import PeftPredictor
+
+    folder = place / "written" / name
+    if not folder.exists():
+        PeftPredictor.deserialize(STORED / "predictors" / name, device="cpu").serialize(folder)
+    return folder
+
+
 def predictors(number: int, generator: np.random.Generator, folder: Path) -> str:
-    """A stored predictor of which one record is changed or one file is damaged."""
+    """A predictor's folder in which one record is changed or one file is damaged."""
     from gluonts_peft import PeftPredictor
 
     name = str(generator.choice([name for name in _wanted() if name.startswith(("bolt", "chronos2"))]))
     place = folder / "predictor"
-    shutil.copytree(STORED / "predictors" / name, place)
+    shutil.copytree(_written(name, folder.parent), place)
     path: tuple[Any, ...] = ()
     if generator.random() < 0.6:
         files = sorted(place.rglob("*.json"))
