@@ -30,7 +30,7 @@ from .files import delivering
 from .registry import unknown
 from .series.calendar import Calendar, calendar_of, stamp_table, stamps_of
 from .series.entries import Door, Unusable, called, in_step, nothing_seen
-from .series.writing import repeated, write_columns
+from .series.writing import Names, write_columns
 from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
@@ -734,7 +734,7 @@ def write_detections(
     calendars = [own.calendar for own in scores]
     names = [entry.get("item_id", own.item_id) for own, entry in zip(scores, entries, strict=True)]
     points = {
-        columns[0]: repeated(names, lengths),
+        columns[0]: Names(names, lengths),
         columns[1]: stamp_table([own.start for own in scores], lengths, calendars),
         columns[2]: np.concatenate([np.asarray(entry["target"]) for entry in entries]),
         "score": np.concatenate([own.values for own in scores]),
@@ -745,7 +745,7 @@ def write_detections(
     found = [event for detection in detections for event in detection.events]
     own_calendars = [calendar for calendar, count in zip(calendars, counts, strict=True) for _ in range(count)]
     events = {
-        columns[0]: repeated(names, counts),
+        columns[0]: Names(names, counts),
         "start": stamp_table([event.start for event in found], 1, own_calendars),
         "end": stamp_table([event.end for event in found], 1, own_calendars),
         "steps": np.array([event.last - event.first + 1 for event in found], np.int64),

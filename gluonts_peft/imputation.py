@@ -27,7 +27,7 @@ from .registry import adapter_names, get_adapter, unknown
 from .series.calendar import calendar_of, stamp_table
 from .series.entries import Door, in_step, nothing_seen
 from .series.overlap import held_back
-from .series.writing import repeated, writable, write_columns
+from .series.writing import Names, writable, write_columns
 from .training import fit, to_device
 from .units import refuse_nonfinite, to_units
 from .windows import SeriesStore, Windows
@@ -379,10 +379,10 @@ def write_imputed(
     stamps = stamp_table([after["start"] for _, after in pairs], lengths, [calendar_of(after) for _, after in pairs])
     target = np.concatenate([after["target"] for _, after in pairs])
     missing = np.concatenate([np.isnan(before["target"]) for before, _ in pairs])
-    items = repeated([after.get("item_id") for _, after in pairs], lengths)
+    items = Names([after.get("item_id") for _, after in pairs], lengths)
     table = dict(zip((*columns, "imputed"), (items, stamps, target, missing & ~np.isnan(target)), strict=True))
     write_columns(table, path, suffix)
-    return pd.DataFrame({**table, columns[1]: stamps.index()})
+    return pd.DataFrame({**table, columns[0]: items.array(), columns[1]: stamps.index()})
 
 
 def runs(mask: NDArray[np.bool_]) -> Integers:

@@ -530,7 +530,7 @@ def _forecasts(
             yield first
         else:
             # The constructor parses every level anew, at the cost of a small network's forecast.
-            forecast = copy.copy(first)
+            forecast = object.__new__(QuantileForecast)
             arrays = dict(zip(first.forecast_keys, own, strict=True))
-            vars(forecast).update(forecast_array=own, _forecast_dict=arrays, item_id=name, **common)
+            vars(forecast).update(vars(first), forecast_array=own, _forecast_dict=arrays, item_id=name, **common)
             yield forecast

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -86,7 +86,7 @@ class Calendar:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what differs from a plain calendar, as numbers, text and lists."""
-        found = {name: value for name, value in asdict(self).items() if value != getattr(_PLAIN, name)}
+        found = {name: value for name, value in vars(self).items() if value != getattr(_PLAIN, name)}
         return {name: [list(pair) for pair in value] if name in _PAIRS else value for name, value in found.items()}
 
     @classmethod
@@ -284,7 +284,8 @@ def localize(walls: Integers, calendar: Calendar) -> Stamps:
     if calendar.changes:
         instants, offsets = np.array(calendar.changes, np.int64).T
         which = np.searchsorted(instants + offsets, walls, side="right") - 1
-        return Stamps(walls, offsets[np.maximum(which, 0)])
+        # By way of the instant, as the clock may go forward over what it would show.
+        return in_zone(walls - offsets[np.maximum(which, 0)], calendar)
     naive = pd.DatetimeIndex(walls.view("M8[ns]"))
     zoned = naive.tz_localize(calendar.zone, ambiguous=np.ones(len(walls), bool), nonexistent="shift_forward")
     return Stamps.of_index(zoned)

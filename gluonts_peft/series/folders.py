@@ -121,14 +121,15 @@ def _entries(file: Path, freq: str, position: int) -> Iterator[tuple[pd.Timestam
     except KeyError as error:
         raise ValueError(f"entry {position} in '{file}' has no field {error}; GluonTS needs it") from None
     except (GluonTSDataError, TypeError) as error:
-        raise ValueError(f"entry {position} in '{file}' is not a GluonTS entry: {error}") from None
+        raise ValueError(f"entry {position} in '{file}' is not a GluonTS entry: {str(error)[:200]}") from None
     except (ValueError, OSError, EOFError, RecursionError, OverflowError) as error:
         # Those of pyarrow, gzip and UTF-8 are among them; ours and missing rights are told as they are.
         if isinstance(error, PermissionError) or str(file) in str(error):
             raise
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"'{file}' cannot be read: {text or type(error).__name__}; is it damaged or cut off? write it again"
+            f"entry {position} in '{file}' cannot be read: {text or type(error).__name__}; is it damaged or cut off? "
+            "write it again"
         ) from None
 
 

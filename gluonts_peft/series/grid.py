@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,8 +84,10 @@ class _Rows:
         self.codes: Integers = np.asarray(codes, np.int64)
         self.items = items
         self.stamps = stamps
+        self.instants = stamps.instants
         self.firsts: Integers = np.flatnonzero(np.diff(self.codes, prepend=-1)).astype(np.int64)
         self.ends: Integers = np.append(self.firsts[1:], len(self.codes)).astype(np.int64)
+        self.moves = stamps.offsets is not None and bool(np.ptp(stamps.offsets))
         self.inside: Flags = np.diff(self.codes) == 0
         self.walls = self._walls()
         self.times: Integers = self.walls % DAY
@@ -94,14 +97,19 @@ class _Rows:
     def _walls(self) -> Integers:
         """What the clock would show if it never went forward: midnight, on a day that begins at one o'clock."""
         walls, stamps = self.stamps.walls, self.stamps
-        if stamps.zone is None or stamps.offsets is None or not np.ptp(stamps.offsets):
+        if stamps.offsets is None:
             return walls
         least = np.minimum.reduceat(walls % DAY, self.firsts)[self.codes]
         late = np.flatnonzero(walls % DAY != least)
         if not len(late):
             return walls
         usual = walls[late] // DAY * DAY + least[late]
-        if not (localize(usual, Calendar(zone=stamps.zone)).instants == stamps.instants[late]).all():
+        if stamps.zone is not None:
+            meant = localize(usual, Calendar(zone=stamps.zone)).instants
+        else:
+            # By the offset of the day before.
+            meant = usual - stamps.offsets[np.maximum(late - 1, self.firsts[self.codes[late]])]
+        if not (meant == stamps.instants[late]).all():
             return walls
         found: Integers = walls.copy()
         found[late] = usual
@@ -189,7 +197,7 @@ def _check_observed(rows: _Rows, freq: str | None, own: str, points: int) -> Non
         return
     shown = f"{share:.2%} of the points of item {rows.items[0]!r} and the others would be observed"
     if freq is None:
-        steps = np.diff(rows.stamps.instants)[rows.inside]
+        steps = np.diff(rows.instants)[rows.inside]
         # The usual frequency that is nearest to the usual distance.
         distance = np.log(np.median(steps) / 1e9)
         typical = min(_USUAL, key=lambda name: abs(np.log(_USUAL[name]) - distance))
@@ -221,7 +229,7 @@ def _positions(rows: _Rows, freq: str) -> tuple[Integers, Flags]:
     base, step = base_of(freq), step_of(freq)
     off: Flags = np.zeros(len(rows.codes), bool)
     if isinstance(unit := offset_of(base), pd.offsets.Tick):
-        number, size = rows.walls if by_clock(freq) else rows.stamps.instants, step * int(unit.nanos)
+        number, size = rows.walls if by_clock(freq) else rows.instants, step * int(unit.nanos)
     elif base.startswith("W"):
         number, size = rows.walls, step * 7 * DAY
     else:
@@ -306,7 +314,7 @@ class _Calendars:
             )
             for code in range(count)
         ]
-        if clock and stamps.zone is not None and stamps.offsets is not None and np.ptp(stamps.offsets):
+        if clock and stamps.zone is not None and rows.moves:
             # Of a time that comes twice the calendar means the first.
             self.off |= localize(rows.walls, Calendar(zone=stamps.zone)).instants != stamps.instants
 
@@ -413,8 +421,8 @@ def _infer_one(rows: _Rows, first: int, end: int) -> str | None:
         return None
     part = slice(first, end)
     if not rows.daily:
-        steps = np.diff(rows.stamps.instants[part])
-        return _tick(int(steps[0]), rows.stamps) if (steps == steps[0]).all() else None
+        steps = np.diff(rows.instants[part])
+        return _tick(int(steps[0]), rows.moves) if (steps == steps[0]).all() else None
     walls = rows.walls[part]
     steps = np.diff(walls) // DAY
     smallest = int(steps.min())
@@ -434,7 +442,7 @@ def _infer_one(rows: _Rows, first: int, end: int) -> str | None:
 def _infer_loose(rows: _Rows, which: Flags) -> str:
     """Frequency of items with gaps."""
     pairs = np.flatnonzero(rows.inside & which[1:])
-    steps = np.diff(rows.walls if rows.daily else rows.stamps.instants)[pairs]
+    steps = np.diff(rows.walls if rows.daily else rows.instants)[pairs]
     smallest = int(steps.min())
     if rows.daily and smallest >= _SHORTEST_MONTH * DAY:
         members = np.unique(rows.codes[which])
@@ -451,14 +459,14 @@ def _infer_loose(rows: _Rows, which: Flags) -> str:
             f"{pd.Timedelta(int(steps[uneven[0]]), unit='ns')} apart, not a multiple of the smallest difference, "
             f"{pd.Timedelta(smallest, unit='ns')}; {GIVE_FREQ}, or resample"
         )
-    return _days(smallest // DAY) if rows.daily else _tick(smallest, rows.stamps)
+    return _days(smallest // DAY) if rows.daily else _tick(smallest, rows.moves)
 
 
-def _tick(step: int, stamps: Stamps) -> str:
+@lru_cache(maxsize=1024)
+def _tick(step: int, moves: bool) -> str:
     """Nanoseconds of absolute length -> frequency."""
     if step % DAY == 0:
         # Where the clock moves, such steps are no days.
-        moves = stamps.offsets is not None and bool(np.ptp(stamps.offsets))
         return f"{step // (DAY // 24)}h" if moves else _days(step // DAY)
     return str(offset_of(pd.Timedelta(step, unit="ns")).freqstr)
 

@@ -295,17 +295,19 @@ def _refuse_wide(source: _Text | _Arrow, path: Path, wanted: dict[str, str], mis
     values = [name for name in numbers if name not in times]
     if "target" not in missing or len(times) != 1 or len(texts) > 1 or len(values) < 2:
         return
-    if "item_id" in wanted and "item_id" not in missing:
+    if ("item_id" in wanted and "item_id" not in missing) or not source.temporal(times[0]):
         return
     reader = (
         "read_csv" if isinstance(source, _Text) else f"read_{'parquet' if path.suffix == '.parquet' else 'feather'}"
     )
     shown = ", ".join(map(repr, values[:3])) + (", ..." if len(values) > 3 else "")
+    index = ".reset_index()" if isinstance(source, _Arrow) and times[0] in source.indexed else ""
+    renamed = f".rename(columns={{{times[0]!r}: 'timestamp'}})" if times[0] != "timestamp" else ""
     raise ValueError(
         f"'{path}' is a wide table, a column of time stamps ({times[0]!r}) and {len(values)} of numbers ({shown}), "
-        f"where a long one is needed, with a row per series and time; melt it: pandas.{reader}({path.name!r})"
-        f".melt({times[0]!r}, var_name='item_id', value_name='target').rename(columns={{{times[0]!r}: 'timestamp'}})"
-        f"; or read one series: item_id=None, target={values[0]!r} (command line: --item-id '' --target {values[0]})"
+        f"where a long one is needed, with a row per series and time; melt it: pandas.{reader}({path.name!r}){index}"
+        f".melt({times[0]!r}, var_name='item_id', value_name='target'){renamed}; or read one series: "
+        f"item_id=None, target={values[0]!r} (command line: --item-id '' --target {values[0]})"
     )
 
 
@@ -333,9 +335,9 @@ def _readable(path: Path, kind: str, encoding: str | None = None) -> Iterator[No
         if isinstance(error, PermissionError | FileNotFoundError):
             raise
         text = " ".join(str(error).split())
-        raise ValueError(
-            f"'{path}' cannot be read as {kind}: {text}; is it damaged or cut off? write it again"
-        ) from None
+        longer = "saw" in text or isinstance(error, pd.errors.ParserWarning)
+        remedy = "quote fields that hold the separator, such as 1,5" if longer else "write it again"
+        raise ValueError(f"'{path}' cannot be read as {kind}: {text}; is it damaged or cut off? {remedy}") from None
 
 
 class _Text:
@@ -377,11 +379,23 @@ class _Text:
         numbers = [str(name) for name in frame.columns if pd.api.types.is_numeric_dtype(frame[name])]
         return numbers, [str(name) for name in frame.columns if str(name) not in numbers]
 
+    def temporal(self, column: str) -> bool:
+        """Whether the first rows of a column look like time stamps."""
+        found = self._frame(nrows=_SAMPLE, dtype=str)[column].dropna()
+        return bool(len(found) and found.str.match(r"\s*(\d{4}\D?\d\d|\d+[-/. ]\w+[-/. ]\d)").all())
+
     def read(self, wanted: dict[str, str]) -> Any:
         text = {column: str for argument, column in wanted.items() if argument != "target"}
         # An item may well be called "NA"; only an empty field is a missing name.
         missing = {**{column: [""] for column in text}, wanted["target"]: list(_MISSING)}
-        return self._frame(usecols=list(wanted.values()), dtype=text, na_values=missing, keep_default_na=False)
+        # Not by usecols, which takes a row with a field too many, such as an unquoted 1,5, for the row without it.
+        return self._frame(dtype=text, na_values=missing, keep_default_na=False)[list(wanted.values())]
+
+
+def _is_temporal(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind) or "period" in str(kind).lower())
 
 
 class _Arrow:
@@ -407,21 +421,19 @@ class _Arrow:
                 self.opened = opened
         # An index without a name is the time if it holds times, else the name of the series.
         self.names = {str(name): str(name) for name in self.schema.names}
+        self.indexed = list((self.schema.pandas_metadata or {}).get("index_columns", ()))
         for name in [name for name in self.names if re.fullmatch(r"__index_level_\d+__|level_\d+|index", name)]:
             kind = self.schema.field(name).type
-            usual = "timestamp" if self._temporal(kind) else "item_id"
-            if usual not in self.names and (name.startswith("__") or self._temporal(kind)):
+            usual = "timestamp" if _is_temporal(kind) else "item_id"
+            if usual not in self.names and (name.startswith("__") or _is_temporal(kind)):
                 self.names[usual] = self.names.pop(name)
-
-    @staticmethod
-    def _temporal(kind: Any) -> bool:
-        import pyarrow as pa
-
-        return bool(pa.types.is_timestamp(kind) or pa.types.is_date(kind) or "period" in str(kind).lower())
 
     @property
     def columns(self) -> list[str]:
         return [name for name in self.names if not name.startswith("__index_level_")]
+
+    def temporal(self, column: str) -> bool:
+        return _is_temporal(self.schema.field(self.names[column]).type)
 
     def kinds(self) -> tuple[list[str], list[str]]:
         import pyarrow as pa
@@ -590,6 +602,9 @@ def _check_times(column: Any, parsed: Any, path: Path, name: str, items: _RowNam
         return
     text = column.iloc[bad[0]]
     wanted = "is not ISO 8601" if date_format is None else f"does not follow date_format {date_format!r}"
+    year = re.match(r"\d{4}(?=-?\d\d-?\d\d)", str(text)) if date_format is None else None
+    if year is not None and not 1678 <= int(year[0]) <= 2261:
+        wanted = "lies outside the years 1678 to 2261"
     shown = "missing" if pd.isna(text) else f"{str(text)!r}, which {wanted}"
     remedy = "write it like 2024-01-31 13:00"
     if date_format is None and not pd.isna(text) and re.search(r"\d\D\d", str(text)):

@@ -6,8 +6,8 @@ import csv
 import gzip
 import io
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from ..files import replacing
 from .calendar import Stamps, calendar_of, stamp_table
 
-__all__ = ["TABLES", "writable", "write_columns", "write_forecasts", "write_table"]
+__all__ = ["TABLES", "Names", "writable", "write_columns", "write_forecasts", "write_table"]
 
 TABLES = (".csv", ".csv.gz", ".parquet")
 """Endings of the tables that can be written."""
 
-# Rows written at a time, and forecasts gathered at a time.
-_ROWS, _FORECASTS = 1 << 16, 512
+# Rows formatted at a time, and forecasts gathered at a time.
+_ROWS, _FORECASTS = 1 << 15, 1024
 
 
 def write_forecasts(
@@ -80,17 +80,17 @@ def write_forecasts(
         for position, forecast in enumerate(batch, start=len(items)):
             if forecast.item_id is None:
                 raise ValueError(f"forecast {position} has no item_id; give every entry of the dataset an 'item_id'")
-        for forecast, own in zip(batch, _values(batch, levels), strict=True):
-            items.append(forecast.item_id)
-            starts.append(forecast.start_date)
-            calendars.append(calendar_of(forecast))
-            lengths.append(own.shape[1])
-            values.append(own)
+        block, own = _values(batch, levels)
+        values.append(block)
+        lengths.extend(own)
+        items.extend(forecast.item_id for forecast in batch)
+        starts.extend(forecast.start_date for forecast in batch)
+        calendars.extend(map(calendar_of, batch))
     if not items:
         raise ValueError(f"there are no forecasts to write to '{path}'; is the dataset, or an iterator, used up?")
     table = np.concatenate(values, axis=1)
     stamps = stamp_table(starts, lengths, calendars)
-    write_columns(dict(zip(names, (repeated(items, lengths), stamps, *table), strict=True)), path, suffix)
+    write_columns(dict(zip(names, (Names(items, lengths), stamps, *table), strict=True)), path, suffix)
 
 
 def _batches(forecasts: Iterable[Any]) -> Iterator[list[Any]]:
@@ -104,41 +104,37 @@ def _batches(forecasts: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def _values(forecasts: Sequence[Any], levels: Sequence[float]) -> list[NDArray[Any]]:
-    """Mean and quantiles of each forecast, shape ``(1 + levels, time)``."""
+def _values(forecasts: Sequence[Any], levels: Sequence[float]) -> tuple[NDArray[Any], list[int]]:
+    """Mean and quantiles of forecasts one after another, shape ``(1 + levels, time)``, and the length of each."""
     from gluonts.model.forecast import QuantileForecast, SampleForecast
 
-    found: list[Any] = [None] * len(forecasts)
-    groups: dict[Any, list[int]] = {}
-    for i, forecast in enumerate(forecasts):
-        # Only what is exactly of these types is known to store its numbers like this.
-        if type(forecast) is QuantileForecast and forecast.forecast_array.ndim == 2:
-            groups.setdefault((tuple(forecast.forecast_keys), forecast.forecast_array.shape), []).append(i)
-        elif type(forecast) is SampleForecast and forecast.samples.ndim == 2:
-            groups.setdefault((None, forecast.samples.shape), []).append(i)
-        else:
-            found[i] = _one(forecast, levels)
-    for (keys, _), members in groups.items():
-        # By itself, for what is said once: that there is no mean, that a level is not known.
-        found[members[0]] = _one(forecasts[members[0]], levels)
-        rest = members[1:]
-        if not rest:
-            continue
-        if keys is None:
-            samples = np.sort(np.stack([forecasts[i].samples for i in rest]), axis=1)
-            picked = [int(np.round((samples.shape[1] - 1) * level)) for level in levels]
-            for row, i in enumerate(rest):
-                found[i] = np.concatenate([np.mean(forecasts[i].samples, axis=0)[None], samples[row, picked]])
-            continue
-        rows = [keys.index(name) if name in keys else None for name in ("mean", *map(str, levels))]
-        if rows[0] is None and "0.5" in keys:
-            rows[0] = keys.index("0.5")
-        for i in rest:
-            forecast = forecasts[i]
-            found[i] = forecast.forecast_array[rows] if None not in rows else _one(forecast, levels)
-            if np.isnan(found[i]).any():
-                found[i] = _one(forecast, levels)
-    return found
+    first = forecasts[0]
+    # By itself, for what is said once: that there is no mean, that a level is not known.
+    blocks = [_one(first, levels)]
+    rest = forecasts[1:]
+    # Only what is exactly of these types, and alike, is known to store its numbers alike.
+    alike = bool(rest) and all(type(other) is type(first) for other in rest)
+    if (
+        alike
+        and type(first) is QuantileForecast
+        and all(other.forecast_keys == first.forecast_keys and other.forecast_array.ndim == 2 for other in rest)
+    ):
+        keys = first.forecast_keys
+        wanted = ["mean" if "mean" in keys else "0.5", *map(str, levels)]
+        if set(wanted) <= set(keys):
+            picked = [keys.index(key) for key in wanted]
+            block = np.concatenate([other.forecast_array for other in rest], axis=1)[picked]
+            if not np.isnan(block).any():
+                return np.concatenate([*blocks, block], axis=1), [other.forecast_array.shape[1] for other in forecasts]
+    elif alike and type(first) is SampleForecast and all(other.samples.shape == first.samples.shape for other in rest):
+        # As GluonTS has it, forecast by forecast: means in another order differ in the last bit.
+        means = np.stack([np.mean(other.samples, axis=0) for other in rest])
+        ranked = np.sort(np.stack([other.samples for other in rest]), axis=1)
+        ranks = [int(np.round((ranked.shape[1] - 1) * level)) for level in levels]
+        block = np.concatenate([means[None], ranked[:, ranks].transpose(1, 0, 2)]).reshape(1 + len(levels), -1)
+        return np.concatenate([*blocks, block], axis=1), [first.samples.shape[1]] * len(forecasts)
+    blocks += [_one(other, levels) for other in rest]
+    return np.concatenate(blocks, axis=1), [block.shape[1] for block in blocks]
 
 
 def _one(forecast: Any, levels: Sequence[float]) -> NDArray[Any]:
@@ -159,14 +155,37 @@ def _one(forecast: Any, levels: Sequence[float]) -> NDArray[Any]:
     return np.stack(rows)
 
 
-def repeated(items: Sequence[Any], counts: Sequence[int]) -> NDArray[Any]:
-    """Return a column of names, each so many times: of whole numbers if all are, else of what they are."""
-    kinds = {type(item) for item in items}
-    names: list[Any] = [str(item) for item in items] if len(kinds) > 1 else list(items)
-    whole = kinds == {int} and all(abs(item) < 1 << 63 for item in names)
-    column = np.empty(len(names), dtype=np.int64 if whole else object)
-    column[:] = names
-    return np.repeat(column, counts)
+@dataclass(frozen=True)
+class Names:
+    """A column of names of series, each as many times as the series has rows."""
+
+    items: Sequence[Any]
+    counts: Sequence[int]
+
+    def __len__(self) -> int:
+        return int(sum(self.counts))
+
+    def _unlike(self) -> NDArray[Any]:
+        """The names: whole numbers if all are, text if they are of several types, else what they are."""
+        kinds = {type(item) for item in self.items}
+        names: list[Any] = [str(item) for item in self.items] if len(kinds) > 1 else list(self.items)
+        whole = kinds == {int} and all(abs(item) < 1 << 63 for item in names)
+        column = np.empty(len(names), dtype=np.int64 if whole else object)
+        column[:] = names
+        return column
+
+    def array(self) -> NDArray[Any]:
+        """Return the column as an array."""
+        return np.repeat(self._unlike(), self.counts)
+
+    def arrow(self, as_text: bool = False) -> Any:
+        """Return the column as Arrow has it."""
+        import pyarrow as pa
+
+        names = self._unlike()
+        if as_text and names.dtype == object:
+            names = np.array([None if name is None else str(name) for name in names], dtype=object)
+        return pa.array(names).take(pa.array(np.repeat(np.arange(len(names)), self.counts)))
 
 
 def writable(path: str | os.PathLike[str], overwrite: bool) -> tuple[Path, str]:
@@ -196,56 +215,72 @@ def write_columns(columns: Mapping[str, Any], path: Path, suffix: str) -> None:
 
     Numbers are written with as many digits as tell them from all others of their type; NaN is missing.
     """
-    count = len(next(iter(columns.values())))
     if suffix == ".parquet":
         with replacing(path) as part:
-            _write_parquet(columns, count, part)
+            _write_parquet(columns, part)
         return
     with replacing(path) as part, part.open("wb") as file:
         # Without a fixed time inside, equal tables would give different gzip files.
-        out: Any = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if suffix == ".csv.gz" else file
-        _write_csv(columns, count, out)
+        out: Any = gzip.GzipFile("", "wb", 1, file, mtime=0) if suffix == ".csv.gz" else file
+        _write_csv(columns, out)
         if out is not file:
             out.close()
 
 
-def _write_parquet(columns: Mapping[str, Any], count: int, part: Path) -> None:
+def _write_parquet(columns: Mapping[str, Any], part: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
     arrays = {}
     for name, column in columns.items():
+        if isinstance(column, Names):
+            arrays[name] = column.arrow()
+            continue
         if isinstance(column, Stamps):
             index = column.index()
             # A column has one zone; several are written as the same instants in UTC.
             column = index if isinstance(index, pd.DatetimeIndex) else pd.to_datetime(index, utc=True)
         arrays[name] = pa.Array.from_pandas(pd.Series(column))
-    table = pa.table(arrays)
-    with pyarrow.parquet.ParquetWriter(part, table.schema) as writer:
-        writer.write_table(table, row_group_size=_ROWS * 8)
+    pyarrow.parquet.write_table(pa.table(arrays), part)
 
 
-def _write_csv(columns: Mapping[str, Any], count: int, out: Any) -> None:
+def _write_csv(columns: Mapping[str, Any], out: Any) -> None:
     import pyarrow as pa
     import pyarrow.csv
 
     header = io.StringIO()
     csv.writer(header, lineterminator="\n").writerow(columns)
     out.write(header.getvalue().encode())
-    whole = [column.text() if isinstance(column, Stamps) else np.asarray(column) for column in columns.values()]
-    for begin in range(0, count, _ROWS):
-        parts, special = [], False
-        for column in whole:
-            values: Any = column[begin : begin + _ROWS]
-            if values.dtype == bool:
-                values = np.where(values, "True", "False")
-            if values.dtype == object:
-                values = pd.Series(values, dtype=object)
-                values = values.where(values.isna(), values.astype(str))
-                special = special or any(re.search(r'[",\r\n]', str(value)) for value in values.unique())
-                values = values.to_numpy(object)
-            parts.append(pa.Array.from_pandas(values))
-        options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed" if special else "none")
-        sink = io.BytesIO()
-        pyarrow.csv.write_csv(pa.table(parts, names=[str(i) for i in range(len(parts))]), sink, options)
-        out.write(sink.getvalue())
+    table = pa.table([_text(column) for column in columns.values()], names=[str(i) for i in range(len(columns))])
+    special = any(pa.types.is_string(column.type) and _special(column) for column in table.columns)
+    # What needs no quotes has none, as pandas writes it; pyarrow quotes all text or none.
+    options = pyarrow.csv.WriteOptions(
+        include_header=False, quoting_style="needed" if special else "none", batch_size=_ROWS
+    )
+    pyarrow.csv.write_csv(table, pa.PythonFile(out, "w"), options)
+
+
+def _text(column: Any) -> Any:
+    """A column for a text table; NaN is missing."""
+    import pyarrow as pa
+
+    if isinstance(column, Names):
+        return column.arrow(as_text=True)
+    if isinstance(column, Stamps):
+        # The stamps of many series are the same ones.
+        own = column.instants if column.offsets is None else np.stack([column.instants, column.offsets], axis=1)
+        _, first, which = np.unique(own, axis=0, return_index=True, return_inverse=True)
+        return pa.array(column[first].text().tolist(), pa.string()).take(pa.array(which.reshape(-1)))
+    values: Any = np.asarray(column)
+    if values.dtype == bool:
+        return pa.array(["False", "True"]).take(pa.array(values.astype(np.int8)))
+    if values.dtype == object:
+        values = np.array([None if value is None or value != value else str(value) for value in values], dtype=object)
+    return pa.Array.from_pandas(values)
+
+
+def _special(column: Any) -> bool:
+    """Whether text has what must be quoted in a CSV file, or could be taken for a missing value."""
+    import pyarrow.compute as pc
+
+    return bool(pc.any(pc.match_substring_regex(column, '[",\r\n]|^$')).as_py())

@@ -502,7 +502,7 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "forecasts.csv"
     path.write_text("old")
 
-    def broken(columns, count, out):
+    def broken(columns, out):
         out.write(b"half a fi")
         raise OSError("disk full")
 
