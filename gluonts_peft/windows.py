@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .files import load_json, write_atomically
 
-__all__ = ["FEATURES", "LastWindows", "Layout", "SeriesStore", "Skipped", "Windows", "context_batches"]
+__all__ = ["FEATURES", "LastWindows", "Layout", "SeriesStore", "Skipped", "Windows", "context_batches", "narrowest"]
 
 Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
@@ -51,6 +51,9 @@ _CHUNK = 1 << 18
 _ROUNDED, _TOGETHER = 2.0**-12, 32
 # Series without a larger number than this would lose digits in float32.
 _SMALLEST = 2.0**-100
+# As shares of the largest number: what a constant that was computed may change by, 16 roundings of float64, and the
+# least range of numbers whose changes float64 holds.
+_ROUNDING, _FARTHEST = 2.0**-48, 2.0**-38
 # Windows tried for one batch before gaps are taken to leave none: under a second.
 _MAX_DRAWS = 1 << 20
 
@@ -1104,10 +1107,17 @@ def _numbers(
         raise ValueError(f"{field} of {name} has the value {value} at step {at}, too large for float32: rescale it")
     if raw.dtype.kind != "b" and raw.dtype.itemsize >= 4 and raw.dtype != np.float32 and raw.size:
         whole = raw.astype(np.float64)
-        largest = float(np.nanmax(np.abs(whole), initial=0.0))
+        # Without what is missing.
+        low, high = float(np.fmin.reduce(whole, None)), float(np.fmax.reduce(whole, None))
+        largest = max(-low, high)
         if 0.0 < largest < _SMALLEST:
             raise ValueError(
                 f"{field} of {name} has no value beyond {largest:g}, too small for float32: rescale it, or give zeros"
+            )
+        if _ROUNDING * largest < high - low < _FARTHEST * largest:
+            raise ValueError(
+                f"{field} of {name} changes by {high - low:g} beside values of {largest:g}, of which float64 holds next"
+                " to nothing: subtract what all have in common"
             )
         if _drops(whole, values, exact):
             values = whole
@@ -1116,23 +1126,34 @@ def _numbers(
     return values
 
 
+def narrowest(values: NDArray[np.float64]) -> Floats:
+    """Values of shape (steps,) or (rows, steps) as a new array: float32 where that holds the changes from step to step,
+    as `SeriesStore` judges it, or does not hold the values at all, which are infinite then; else float64.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        held = values.astype(np.float32)
+    return values.copy() if not np.isinf(held).any() and _drops(values, held, exact=False) else held
+
+
 def _drops(whole: NDArray[np.float64], held: Floats, exact: bool) -> bool:
     """Whether float32 drops anything of values of shape (steps,) or (rows, steps); unless it must be exact, only what
     the changes from one observed step to the next suffer from.
     """
     differ = whole != held
-    if exact or not (differ & ~np.isnan(whole)).any():
-        return bool((differ & ~np.isnan(whole)).any())
+    if differ.any():
+        differ &= whole == whole
+    if exact or not differ.any():
+        return bool(differ.any())
     for row in np.atleast_2d(whole):
-        known = row[~np.isnan(row)]
+        known = row[row == row]
         change, rounded = np.diff(known), np.diff(known.astype(np.float32).astype(np.float64))
-        moved = change != 0
+        moved = np.abs(change) > _ROUNDING * np.abs(known[1:])
         share = np.abs(rounded[moved] / change[moved] - 1.0)
         # The most of each stretch decide: one jump, or one change of next to nothing, says little.
         cut = len(share) // _TOGETHER * _TOGETHER
-        medians = [*np.median(share[:cut].reshape(-1, _TOGETHER), 1)] if cut else []
-        medians += [np.median(share[cut:])] if cut < len(share) else []
-        if medians and max(medians) > _ROUNDED:
+        if cut and np.median(share[:cut].reshape(-1, _TOGETHER), 1).max() > _ROUNDED:
+            return True
+        if cut < len(share) and np.median(share[cut:]) > _ROUNDED:
             return True
     return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -22,10 +23,12 @@ from gluonts_peft import load_backbone
 from gluonts_peft.adapters.base import AdapterError, load_adapter
 from gluonts_peft.anomaly import score
 from gluonts_peft.backbone import Backbone, Trajectories
+from gluonts_peft.backtesting import backtest
 from gluonts_peft.checkpoint import CheckpointError
 from gluonts_peft.imputation import impute, reconstruction_loss
 from gluonts_peft.predictor import PeftPredictor
 from gluonts_peft.registry import get_adapter, get_estimator
+from gluonts_peft.series.table import read_dataset, write_forecasts
 from gluonts_peft.testing import make_batch
 from gluonts_peft.units import EQUIVARIANCE, Units, refuse_nonfinite, to_units
 
@@ -429,3 +432,55 @@ def test_adapters_that_are_not_finite_are_refused_with_file_and_tensor(spec: Any
     adapter.save(tmp_path)
     with pytest.raises(AdapterError, match=r"safetensors.* tensor '[\w.]+' holds NaN or infinite numbers"):
         load_adapter(tmp_path, copy.deepcopy(backbone("bolt-nano")))
+
+
+COUNTER = 1.7e9 + 3.0 * np.arange(120)
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
+def test_files_are_read_as_float64_where_float32_would_swallow_changes(ending: str, tmp_path: Path) -> None:
+    path, start = tmp_path / f"data.{ending}", pd.Period("2024-01-01", freq="h")
+    series_of = {"counter": COUNTER, "decimals": np.round(98.6 + np.sin(np.arange(120)), 1)}
+    if ending == "jsonl":
+        rows = [
+            {"item_id": name, "start": "2024-01-01", "target": values.tolist()} for name, values in series_of.items()
+        ]
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        stamps = pd.period_range(start, periods=120, freq="h").to_timestamp()
+        table = pd.concat(
+            [pd.DataFrame({"item_id": n, "timestamp": stamps, "target": v}) for n, v in series_of.items()]
+        )
+        table.to_csv(path, index=False) if ending == "csv" else table.to_parquet(path)
+    counter, decimals = read_dataset(path, freq="h")
+    assert (counter["target"].dtype, decimals["target"].dtype) == (np.float64, np.float32)
+    assert counter["target"].tolist() == COUNTER.tolist()
+    forecast, _ = PeftPredictor(backbone("bolt-nano"), device="cpu").predict([counter, decimals])
+    median = forecast.quantile(0.5)
+    assert np.abs(median - (COUNTER[-1] + 3 * np.arange(1, HORIZON + 1))).max() < 30
+    write_forecasts([forecast], tmp_path / "forecasts.csv")
+    np.testing.assert_allclose(pd.read_csv(tmp_path / "forecasts.csv")["0.5"], median, rtol=1e-15)
+
+
+def test_backtests_score_what_lies_far_from_zero() -> None:
+    predictor = PeftPredictor(backbone("chronos2-nano"), device="cpu")
+    near, far_off = (
+        backtest(predictor, moved(series(missing=False), 1.0, shift), windows=2, seasonality=1) for shift in (0.0, 1e9)
+    )
+    # All but those that divide by the size of the labels.
+    kept = [name for name in near if name not in ("MAPE[0.5]", "mean_weighted_sum_quantile_loss")]
+    assert len(kept) == 14
+    np.testing.assert_allclose(far_off[kept], near[kept], rtol=1e-3)
+
+
+def test_covariates_of_any_scale_and_level_give_the_same_forecast() -> None:
+    model = backbone("chronos2-nano")
+    batch = {k: v for k, v in make_batch(model, features=True).items() if not k.startswith("future_")}
+    names = ("feat_dynamic_real", "past_feat_dynamic_real")
+    other = {
+        k: (v.double() * 1e-9 + 1.0) * batch[k.replace("feat", "observed_feat")] if k in names else v
+        for k, v in batch.items()
+    }
+    with model.inference():
+        expected, found = model.forecast(batch).values, model.forecast(other).values
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)

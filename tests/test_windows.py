@@ -963,3 +963,18 @@ def test_time_features_need_a_frequency() -> None:
             prediction_length=1,
             time_features=("hour_of_day",),
         )
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.1])
+def test_changes_that_float64_does_not_hold_are_refused(spread):
+    target = 1e13 + spread * np.sin(np.arange(50))
+    with pytest.raises(
+        ValueError, match="target of item_id 'A' changes by .* beside values of 1e\\+13, of which float64"
+    ):
+        SeriesStore.from_dataset([{"target": target, "item_id": "A"}])
+
+
+def test_constants_that_were_computed_are_constants():
+    target = np.array([0.1 + 0.2, 0.3, 0.3, 0.1 * 3])
+    assert len(np.unique(target)) == 2
+    assert SeriesStore.from_dataset([{"target": target}]).rest is None

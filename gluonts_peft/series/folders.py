@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..files import load_json
+from ..windows import narrowest
 from .calendar import Calendar, Stamps, period_freq, with_calendar
 from .grid import GIVE_FREQ, calendars_of_starts
 
@@ -79,7 +80,8 @@ def read_gluonts(files: Sequence[Path], folder: Path, freq: str | None) -> list[
     Returns
     -------
     list of dict
-        Entries with ``start``, ``target`` (float32) and ``item_id``, and the other fields that they had. If any start
+        Entries with ``start``, ``target`` (float32, or float64 where that cannot hold it) and ``item_id``, and the
+        other fields that they had. If any start
         is more than the start of its period (a time zone, noon, the last day of a month), all carry a calendar.
     """
     found = _metadata_freq(folder)
@@ -116,7 +118,7 @@ def _entries(file: Path, freq: str, position: int) -> Iterator[tuple[pd.Timestam
             if not isinstance(raw, dict):
                 raise TypeError(f"it is a {type(raw).__name__}, not an object")
             start = _timestamp(raw.get("start"))
-            yield start, _checked(dict(process(dict(raw))), file, position)
+            yield start, _checked(dict(process(dict(raw))), raw["target"], file, position)
             position += 1
     except KeyError as error:
         raise ValueError(f"entry {position} in '{file}' has no field {error}; GluonTS needs it") from None
@@ -144,11 +146,11 @@ def _timestamp(start: Any) -> pd.Timestamp | None:
     return None if found is pd.NaT else found
 
 
-def _checked(entry: DataEntry, file: Path, position: int) -> DataEntry:
+def _checked(entry: DataEntry, target: Any, file: Path, position: int) -> DataEntry:
     name = entry.get("item_id")
     entry["item_id"] = str(position) if name is None else name.item() if isinstance(name, np.generic) else name
-    # Arrow files hand out read-only views of a file that may go away.
-    values = np.array(entry["target"], dtype=np.float32)
+    # GluonTS makes everything float32. A copy, since Arrow files hand out views of a file that may go away.
+    values = narrowest(np.asarray(target, dtype=np.float64))
     entry["target"] = values
     infinite = np.flatnonzero(np.isinf(values))
     if len(infinite):

@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..windows import narrowest
 from .calendar import DAY, Stamps, offset_from, with_calendar
 from .folders import GLUONTS, files_of, read_gluonts, suffix_of
 from .grid import lay
@@ -99,7 +100,7 @@ def read_dataset(
     item_id: str | None = "item_id",
     timestamp: str = "timestamp",
     target: str = "target",
-    dtype: type[np.floating[Any]] = np.float32,
+    dtype: type[np.floating[Any]] | None = None,
     sep: str = ",",
     decimal: str = ".",
     date_format: str | None = None,
@@ -132,8 +133,9 @@ def read_dataset(
     target
         Column with the values.
     dtype
-        Type of the targets of a table: ``numpy.float64`` keeps its numbers as they are. Models work with float32, which
-        GluonTS files are always read as.
+        Type of the targets of a table: ``numpy.float64`` keeps its numbers as they are. By default, and of GluonTS
+        files, float32 for items whose changes from step to step that holds, float64 for others, such as a counter of
+        seconds.
     sep, decimal, date_format, encoding
         How a text table is written, see `TableFormat`.
     ignore
@@ -494,19 +496,23 @@ def _entries(
 
     grid = lay(codes, items, stamps, freq)
     offsets = np.concatenate([[0], np.cumsum(grid.lengths)])
-    filled = np.full(offsets[-1], np.nan, dtype=dtype)
+    filled = np.full(offsets[-1], np.nan)
     filled[offsets[codes] + grid.positions] = values
     if len(filled) > len(values):
         _log.info("'%s': %d missing time stamps filled with NaN at freq %s", path, len(filled) - len(values), grid.freq)
     entries: list[DataEntry] = [
         # A copy, so that keeping one series does not keep them all.
-        {"start": start, "target": filled[begin:end].copy(), "item_id": name}
+        {"start": start, "target": _typed(filled[begin:end], dtype), "item_id": name}
         for start, begin, end, name in zip(grid.starts, offsets[:-1], offsets[1:], items, strict=True)
     ]
     if all(calendar.plain for calendar in grid.calendars):
         return entries
     # All or none: GluonTS takes the fields of a batch from its first entry.
     return [with_calendar(entry, calendar) for entry, calendar in zip(entries, grid.calendars, strict=True)]
+
+
+def _typed(values: NDArray[np.float64], dtype: type[np.floating[Any]] | None) -> NDArray[np.floating[Any]]:
+    return narrowest(values) if dtype is None else values.astype(dtype)
 
 
 class _RowNames:
