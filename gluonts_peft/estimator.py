@@ -25,6 +25,7 @@ from .registry import adapter_names, get_adapter, unknown
 from .series.entries import Door, Unusable, called, check_unusable
 from .series.overlap import held_back
 from .tasks import Joint, parse_tasks
+from .trainer_kwargs import check_trainer_kwargs, resolve_precision
 from .training import Fit, TrainingOptions, TuningDidNotHelp, fit, resolve_device
 from .windows import SeriesStore, Windows
 
@@ -84,7 +85,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     progress
         Show a progress bar.
     trainer_kwargs
-        Further arguments of ``lightning.pytorch.Trainer``.
+        Further arguments of ``lightning.pytorch.Trainer``: those in :data:`gluonts_peft.trainer_kwargs.ACCEPTED`.
+        Others are options here, or would break the loop, and are refused.
     unusable
         What becomes of series that give no window to train or validate on, as they are too short or nothing of them was
         observed: ``"raise"``, or ``"skip"``, which leaves them out and warns with their names.
@@ -143,7 +145,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.prediction_length = prediction_length
         self.context_length = context_length
         self.checkpoint = self.default_checkpoint if checkpoint is None else checkpoint
-        self.adapter = get_adapter(adapter).spec
+        wanted = get_adapter(adapter)
+        wanted.require_trainable()
+        self.adapter = wanted.spec
         self.options = TrainingOptions(
             max_epochs=max_epochs,
             num_batches_per_epoch=num_batches_per_epoch,
@@ -166,6 +170,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
         self.progress = progress
         self.trainer_kwargs = dict(trainer_kwargs or {})
+        check_trainer_kwargs(self.trainer_kwargs)
         self.unusable = check_unusable(unusable)
         self.any_freq = any_freq
         # Series of each part that the last training left out.
@@ -235,6 +240,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         """
         from .imputation import require_reconstruct
 
+        resolve_precision(self.options.precision, resolve_device(self.options.device))
         backbone = self.load_backbone()
         if self.tasks is not None and self.tasks.history:
             require_reconstruct(backbone)

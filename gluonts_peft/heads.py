@@ -372,6 +372,7 @@ class NewHead(Adapter):
     mergeable = False
     frozen_features = True
     known = ("kind", "output", "width", "rank", "dropout", "cache", "windows")
+    alone = ("cache", "windows")
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__(options)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from .heads import FeatureCache, forecast_error, with_features
 from .processes import keeping_handler
 from .resume import SafeCheckpointIO, read_checkpoint
+from .trainer_kwargs import check_precision, check_trainer_kwargs, deciding, resolve_precision
 from .weights import Snapshot
 from .windows import Windows
 
@@ -75,7 +76,7 @@ class TrainingOptions:
     device
         ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
     precision
-        A precision of Lightning, or ``"auto"``: bfloat16 where a GPU has it, else float32.
+        A precision of Lightning, or ``"auto"``: bfloat16 where a GPU has it, else float32. ``"16-mixed"`` needs a GPU.
     """
 
     max_epochs: int = 10
@@ -101,6 +102,7 @@ class TrainingOptions:
             raise ValueError(f"learning_rate {self.learning_rate} is not positive")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup {self.warmup} is not a share of the training; name a number from 0 to below 1")
+        check_precision(self.precision)
 
     @property
     def total_steps(self) -> int:
@@ -433,7 +435,8 @@ def fit(
     progress
         Show a progress bar.
     trainer_kwargs
-        Further arguments of ``lightning.pytorch.Trainer``; its ``callbacks`` are added to ours.
+        Further arguments of ``lightning.pytorch.Trainer``, see :mod:`gluonts_peft.trainer_kwargs`; its ``callbacks``
+        are added to ours.
     loss
         Another loss than the family's own: takes the backbone and a batch, gives the loss of each window. It is known
         again by its ``repr`` when a run is resumed. If it has an attribute ``history`` that is true, it judges the
@@ -448,6 +451,9 @@ def fit(
         If the checkpoint belongs to another run, or the folder already holds one that was not asked for.
     """
     device = resolve_device(options.device)
+    precision, extra = resolve_precision(options.precision, device), dict(trainer_kwargs or {})
+    check_trainer_kwargs(extra)
+    adapter.require_trainable()
     backbone.to(device)
     # Without a head there is no forecast to score; another loss need not be one of forecasts.
     levels = adapter.head_levels
@@ -466,7 +472,6 @@ def fit(
         adapter.attach(backbone)
         if adapter.num_parameters() == 0:
             return Fit(Gate(zero_shot, math.inf if zero_shot is None else zero_shot, count), 0, 0, 0.0, 0.0)
-        extra = dict(trainer_kwargs or {})
         updates = options.max_epochs * math.ceil(
             options.num_batches_per_epoch / int(extra.get("accumulate_grad_batches", 1))
         )
@@ -491,6 +496,7 @@ def fit(
             "options": {**asdict(options), "learning_rate": rate, "device": device.type},
             **({} if loss is None else {"loss": repr(loss)}),
             **({} if not scoring else {"scoring": _digest(scoring)}),
+            "trainer": {"precision": precision, **deciding(extra)},
         }
         path, start = _checkpoints(folder, ckpt_path, run)
         keeper = _Keeper(adapter, path, run, options.patience)
@@ -521,7 +527,7 @@ def fit(
                 **{
                     "accelerator": "gpu" if device.type == "cuda" else device.type,
                     "devices": [device.index or 0] if device.type == "cuda" else 1,
-                    "precision": _precision(options.precision, device),
+                    "precision": precision,
                     "max_epochs": options.max_epochs,
                     "limit_train_batches": options.num_batches_per_epoch,
                     "gradient_clip_val": options.gradient_clip_val or None,
@@ -579,7 +585,9 @@ def _checkpoints(
         earlier: Any = next(
             (state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {}
         )
-        if differing := [name for name in run if _plain(earlier.get(name)) != _plain(run[name])]:
+        # Records of 0.1.0 do not say how the trainer was told to compute.
+        compared = [name for name in run if name in earlier or name != "trainer"]
+        if differing := [name for name in compared if _plain(earlier.get(name)) != _plain(run[name])]:
             raise ValueError(
                 f"checkpoint {str(start)!r} belongs to another run: {', '.join(differing)} differ"
                 f" ({_first_difference(earlier, run, differing[0])})"
@@ -606,15 +614,9 @@ def _plain(value: Any) -> Any:
 def _first_difference(earlier: Mapping[str, Any], run: Mapping[str, Any], name: str) -> str:
     left, right = earlier.get(name), run[name]
     if isinstance(left, Mapping) and isinstance(right, Mapping):
-        key = next(key for key in right if _plain(left.get(key)) != _plain(right[key]))
-        return f"{key}: {left.get(key)!r} there, {right[key]!r} here"
+        key = next(key for key in {**right, **left} if _plain(left.get(key)) != _plain(right.get(key)))
+        return f"{key}: {left.get(key)!r} there, {right.get(key)!r} here"
     return f"{left!r} there, {right!r} here"
-
-
-def _precision(precision: str, device: torch.device) -> str:
-    if precision != "auto":
-        return precision
-    return "bf16-mixed" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
 
 
 @contextmanager

@@ -68,6 +68,8 @@ class Adapter(ABC):
         Training windows to draw once and to train on again and again; None for new ones in each step.
     scoring_windows
         Held-out windows, other than those that choose the best epoch, that the adapter wants for :meth:`score_on`.
+    alone
+        Options that have an effect only if the adapter is trained by itself.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Adapter(ABC):
     caches: bool = False
     pool: int | None = None
     scoring_windows: int = 0
+    alone: tuple[str, ...] = ()
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = dict(options)
@@ -91,6 +94,11 @@ class Adapter(ABC):
     def spec(self) -> Any:
         """Name and options, as :func:`gluonts_peft.get_adapter` takes them: a string, mapping or list."""
         return {"name": self.name, **self.options} if self.options else self.name
+
+    def require_trainable(self) -> None:
+        """Raise an AdapterError if an option would have no effect on a training; adapters of earlier versions that had
+        such options still load.
+        """
 
     def attach(self, backbone: Backbone) -> Adapter:
         """Attach to a backbone: freeze the base and make the adapter's parameters trainable.

@@ -65,6 +65,16 @@ class Hybrid(Adapter):
         """List of the parts' specs."""
         return [part.spec for part in self.parts]
 
+    def require_trainable(self) -> None:
+        for part in self.parts:
+            for option in part.alone:
+                if part.options.get(option):
+                    raise AdapterError(
+                        f"adapter {part!r}: option {option!r} is for training alone, and beside"
+                        f" {', '.join(other.name for other in self.parts if other is not part)} features change at each"
+                        " step; leave it out"
+                    )
+
     def _attach(self, backbone: Backbone) -> None:
         for part in self.parts:
             if reason := backbone.impossible.get(part.name):

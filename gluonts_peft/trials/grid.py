@@ -255,7 +255,7 @@ def _check_usable(trials: list[TrialSpec]) -> None:
     faults = []
     for adapter in {json.dumps(trial.adapter): trial.adapter for trial in trials}.values():
         try:
-            get_adapter(adapter)
+            get_adapter(adapter).require_trainable()
         except (ValueError, TypeError) as error:
             faults.append(str(error))
     for data in dict.fromkeys(data for trial in trials for data in (trial.data, *trial.also.values())):

@@ -27,6 +27,7 @@ from pydantic import (
 
 from ..files import NewerFormat, check_regular, load_json, opened, parse_yaml, record, write_atomically
 from ..registry import Registry, adapters, families, unknown
+from ..trainer_kwargs import check_precision
 
 __all__ = [
     "BASELINE",
@@ -249,6 +250,12 @@ class TrainingSpec(_Spec):
     max_validation_windows: int = Field(default=1024, gt=0)
     device: str = "auto"
     precision: str = "auto"
+
+    @field_validator("precision")
+    @classmethod
+    def _known_precision(cls, value: str) -> str:
+        check_precision(value)
+        return value
 
 
 class TrialSpec(_Spec):
