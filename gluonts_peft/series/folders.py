@@ -124,8 +124,8 @@ def _entries(file: Path, freq: str, position: int) -> Iterator[tuple[pd.Timestam
         raise ValueError(f"entry {position} in '{file}' has no field {error}; GluonTS needs it") from None
     except (GluonTSDataError, TypeError) as error:
         raise ValueError(f"entry {position} in '{file}' is not a GluonTS entry: {str(error)[:200]}") from None
-    except (ValueError, OSError, EOFError, RecursionError, OverflowError) as error:
-        # Those of pyarrow, gzip and UTF-8 are among them; ours and missing rights are told as they are.
+    except Exception as error:
+        # Whatever GluonTS, pyarrow or gzip stumbled over; ours and missing rights are told as they are.
         if isinstance(error, PermissionError) or str(file) in str(error):
             raise
         text = " ".join(str(error).split())[:200]

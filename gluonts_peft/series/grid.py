@@ -389,14 +389,14 @@ def _infer(rows: _Rows) -> tuple[str, str]:
         )
     if regular:
         [(freq, code)] = regular.items()
-        return freq, f"inferred from item {rows.items[code]!r}"
+        return "B" if freq == "D" and _business(rows) else freq, f"inferred from item {rows.items[code]!r}"
     which = np.isin(rows.codes, loose)
     return _infer_loose(rows, which), "inferred from the smallest difference"
 
 
 def _reconciled(rows: _Rows, regular: dict[str, int]) -> dict[str, int]:
     """One frequency for items that differ in their phase alone."""
-    if set(regular) == {"B", "D"} and _business(rows):
+    if set(regular) == {"B", "D"} and (_weekdays(rows.walls) < 5).all():
         return {"B": regular["B"]}
     # Quarters that begin in different months are three months each.
     lengths = {step_of(freq) * {"M": 1, "Q": 3, "Y": 12}.get(base_of(freq)[0], 0) for freq in regular}
@@ -406,8 +406,9 @@ def _reconciled(rows: _Rows, regular: dict[str, int]) -> dict[str, int]:
 
 
 def _business(rows: _Rows) -> bool:
-    """Whether no row is at a weekend."""
-    return bool((_weekdays(rows.walls) < 5).all())
+    """Whether days are business days: none is at a weekend, of so many that it is no accident."""
+    weekends = np.diff(rows.walls // (7 * DAY))[rows.inside] > 0
+    return len(rows.codes) >= _LEAST_BUSINESS and int(weekends.sum()) > 1 and bool((_weekdays(rows.walls) < 5).all())
 
 
 def _weekdays(walls: Integers) -> Integers:
@@ -449,10 +450,8 @@ def _infer_loose(rows: _Rows, which: Flags) -> str:
         if (months := _months(rows, rows.firsts[members], rows.ends[members])) is not None:
             return months
     uneven = np.flatnonzero(steps % smallest)
-    if rows.daily and smallest == DAY and which.sum() >= _LEAST_BUSINESS and _business(rows):
-        weeks = np.diff(rows.walls // (7 * DAY))[pairs]
-        if int((weeks > 0).sum()) > 1:
-            return "B"
+    if rows.daily and smallest == DAY and _business(rows):
+        return "B"
     if len(uneven):
         raise ValueError(
             f"the frequency cannot be inferred: item {rows.item(int(pairs[uneven[0]]))!r} has time stamps "
