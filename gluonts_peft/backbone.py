@@ -114,6 +114,17 @@ def _loaded(backbone: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
     return copy.deepcopy(network, shared), digest
 
 
+# What libraries raise where a configuration makes no sense.
+_SENSELESS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+)
+
 # Of what torch allocates on the CPU.
 _ALIGNMENT = 64
 
@@ -299,10 +310,11 @@ class Backbone(nn.Module, ABC):
             backbone = cls.from_network(
                 network, prediction_length=prediction_length, context_length=context_length, source=source, **options
             )
-        except (AttributeError, KeyError, OverflowError, ZeroDivisionError) as error:
+        except _SENSELESS as error:
+            given = f" with options {options!r}" if options else ""
             raise CheckpointError(
-                f"config.json of checkpoint folder {str(folder)!r} cannot be used by family {cls.family!r}:"
-                f" {type(error).__name__}: {error}; fetch it again"
+                f"config.json of checkpoint folder {str(folder)!r} cannot be used by family {cls.family!r}{given}:"
+                f" {type(error).__name__}: {error}; fetch it again{', or mend the options' if options else ''}"
             ) from error
         backbone.options = options
         backbone.place = folder.absolute()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,26 @@ def test_written_tensors_have_the_permissions_of_any_new_file(tmp_path: Path) ->
     save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors", {})
 
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.parametrize("value", [None, -1, 0.5, "text", [3], {}, 10**12, math.nan], ids=repr)
+def test_values_in_a_config_that_make_no_sense(value: Any, tmp_path: Path) -> None:
+    """Whatever a library does with them, the error is ours and names the folder; what can be used is used."""
+    source = ChronosBackbone.bundled()["t5-nano"]
+    config = json.loads((source / "config.json").read_text())
+    place = tmp_path / "model"
+    shutil.copytree(source, place)
+    refused = 0
+    for key in config["chronos_config"]:
+        for name in (key, f"{key}_"):
+            changed = {**config["chronos_config"], name: value}
+            if name != key:
+                del changed[key]
+            (place / "config.json").write_text(json.dumps({**config, "chronos_config": changed}))
+            with suppress(CheckpointError):
+                load(place)
+                continue
+            assert str(place) in failure(load, place)
+            refused += 1
+    # At least the keys of other names.
+    assert refused >= len(config["chronos_config"])
