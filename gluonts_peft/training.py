@@ -11,7 +11,6 @@ import logging
 import math
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .heads import FeatureCache, forecast_error, with_features
+from .noise import without_noise
 from .processes import keeping_handler
 from .resume import SafeCheckpointIO, read_checkpoint
 from .trainer_kwargs import check_precision, check_trainer_kwargs, deciding, resolve_precision
@@ -522,7 +522,7 @@ def fit(
             shown = with_features(backbone, validation)
         types = Snapshot(backbone)
         module = _Module(backbone, adapter, kept or windows, options, rate, updates, loss).train()
-        with _quiet_lightning():
+        with without_noise("lightning"):
             trainer = pl.Trainer(
                 **{
                     "accelerator": "gpu" if device.type == "cuda" else device.type,
@@ -649,19 +649,3 @@ def _leave_sigterm(trainer: pl.Trainer) -> None:
             register()
 
     connector.register_signal_handlers = without_sigterm
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Drop Lightning's banners and its advice on worker processes and loggers within the context."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [item.level for item in loggers]
-    for item in loggers:
-        item.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            yield
-    finally:
-        for item, level in zip(loggers, levels, strict=True):
-            item.setLevel(level)

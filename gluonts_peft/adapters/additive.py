@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..files import load_json
+from ..noise import without_noise
 from ..registry import unknown
 from .base import RECORD, Adapter, AdapterError, copy_into, read_adapter_record, unwrapped
 from .dense import make_dense
@@ -222,7 +221,7 @@ class PeftAdapter(Adapter):
                 option, limit = method.divides
                 options.setdefault(option, _divisor(backbone, places, limit))
         try:
-            with _quiet():
+            with without_noise("peft"):
                 return method.config_class()(target_modules=targets, base_model_name_or_path=_base(backbone), **options)
         except (ValueError, TypeError) as error:
             raise AdapterError(f"adapter {self!r} is refused by PEFT: {error}") from error
@@ -237,7 +236,7 @@ class PeftAdapter(Adapter):
         # Each part of a hybrid keeps a configuration of its own; PEFT would merge them through the network.
         _forget_config(network)
         try:
-            with _quiet():
+            with without_noise("peft"):
                 self._tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](network, config, "default")
         except Exception as error:
             # PEFT checks some options by assertions, and some not at all.
@@ -261,7 +260,7 @@ class PeftAdapter(Adapter):
 
     def _fold(self) -> None:
         for layer in self._layers:
-            with _quiet():
+            with without_noise("peft"):
                 layer.merge(safe_merge=False, adapter_names=["default"])
 
     def _unwrap(self, backbone: Backbone) -> None:
@@ -288,7 +287,7 @@ class PeftAdapter(Adapter):
         holder = nn.Module()
         holder.base_model = self._tuner
         holder.peft_config = self._tuner.peft_config
-        with _quiet():
+        with without_noise("peft"):
             found = get_peft_model_state_dict(holder, save_embedding_layers=False)
         # Wrappers of later parts of a hybrid add `base_layer` to the path; a tensor of an adapter never lies in one.
         return {
@@ -351,14 +350,6 @@ def _divisor(backbone: Backbone, places: tuple[str, ...], limit: int) -> int:
     widths = [n for place in places for n in backbone.network.get_submodule(place).weight.shape]  # type: ignore
     common = math.gcd(*widths)
     return max(n for n in range(1, limit + 1) if common % n == 0)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drop PEFT's remarks on what is decided here: projections that are drawn again, block sizes, hub look-ups."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        yield
 
 
 def from_peft(folder: Path, backbone: Backbone) -> Adapter:

@@ -414,7 +414,8 @@ def _private_randomness(seed: int) -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lightning", "lightning_fabric", "pytorch_lightning")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        # What neuralforecast says of seeds is information.
+        logger.setLevel(logging.WARNING)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -35,15 +35,13 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither progress bars nor warnings of transformers within the context."""
-    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+def _without_bars() -> Iterator[None]:
+    """No progress bars of transformers within the context; its warnings are passed on."""
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -105,7 +103,7 @@ class ChronosBackbone(Backbone):
         if pipeline not in _NETWORKS:
             raise CheckpointError(f"checkpoint folder {str(folder)!r}: " + unknown("pipeline", pipeline, _NETWORKS))
         try:
-            with _quiet():
+            with _without_bars():
                 network, report = _NETWORKS[pipeline].from_pretrained(
                     folder,
                     dtype=torch.float32,
@@ -175,7 +173,7 @@ class ChronosBackbone(Backbone):
         return find_sites(self.network, _T5_SITES, biases) | self.ends
 
     def export(self, folder: Path) -> None:
-        with _quiet():
+        with _without_bars():
             self.network.save_pretrained(folder)  # type: ignore[operator]
 
 
