@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ __all__ = ["TABLES", "Names", "writable", "write_columns", "write_forecasts", "w
 TABLES = (".csv", ".csv.gz", ".parquet")
 """Endings of the tables that can be written."""
 
+# What must be quoted in a CSV file, or would be taken for a missing value.
+_special = re.compile(r'[",\r\n]|^$').search
 # Rows formatted at a time, and forecasts gathered at a time.
 _ROWS, _FORECASTS = 1 << 15, 1024
 
@@ -252,7 +255,14 @@ def _write_csv(columns: Mapping[str, Any], out: Any) -> None:
     csv.writer(header, lineterminator="\n").writerow(columns)
     out.write(header.getvalue().encode())
     table = pa.table([_text(column) for column in columns.values()], names=[str(i) for i in range(len(columns))])
-    special = any(pa.types.is_string(column.type) and _special(column) for column in table.columns)
+    # Stamps hold nothing of the kind, and of names each is looked at once.
+    texts = [column._unlike() if isinstance(column, Names) else column for column in columns.values()]
+    special = any(
+        _special(str(value))
+        for column in texts
+        if not isinstance(column, Stamps) and np.asarray(column).dtype == object
+        for value in column
+    )
     # What needs no quotes has none, as pandas writes it; pyarrow quotes all text or none.
     options = pyarrow.csv.WriteOptions(
         include_header=False, quoting_style="needed" if special else "none", batch_size=_ROWS
@@ -277,10 +287,3 @@ def _text(column: Any) -> Any:
     if values.dtype == object:
         values = np.array([None if value is None or value != value else str(value) for value in values], dtype=object)
     return pa.Array.from_pandas(values)
-
-
-def _special(column: Any) -> bool:
-    """Whether text has what must be quoted in a CSV file, or could be taken for a missing value."""
-    import pyarrow.compute as pc
-
-    return bool(pc.any(pc.match_substring_regex(column, '[",\r\n]|^$')).as_py())
