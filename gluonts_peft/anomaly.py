@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -133,6 +133,18 @@ class Detection:
     begin: int = 0
 
 
+def check_calibration(calibration: Any) -> None:
+    """Raise a ValueError for what :func:`detect` cannot calibrate on."""
+    if calibration is None:
+        raise ValueError(
+            "calibration is missing: a threshold needs a part without anomalies; name its steps, its share of each"
+            " series, or a clean dataset"
+        )
+    share = isinstance(calibration, float | np.floating)
+    if isinstance(calibration, int | float | np.number) and (calibration <= 0 or share and calibration >= 1.0):
+        raise ValueError(f"calibration {calibration} is neither a share between 0 and 1 nor a number of steps")
+
+
 def detect(
     model: PeftPredictor | Backbone,
     dataset: Iterable[Mapping[str, Any]],
@@ -176,11 +188,7 @@ def detect(
         If there is no calibration, or a calibration dataset gives fewer than 50 scores, or only equal ones, and as
         :func:`score`.
     """
-    if calibration is None:
-        raise ValueError(
-            "calibration is missing: a threshold needs a part without anomalies; name its steps, its share of each"
-            " series, or a clean dataset"
-        )
+    check_calibration(calibration)
     # Refused before the work rather than after it.
     smooth([], smoothing)
     _threshold_options(threshold)
@@ -190,8 +198,6 @@ def detect(
     if isinstance(calibration, np.integer):
         calibration = int(calibration)
     if isinstance(calibration, int | float):
-        if calibration <= 0 or isinstance(calibration, float) and calibration >= 1.0:
-            raise ValueError(f"calibration {calibration} is neither a share between 0 and 1 nor a number of steps")
         first: int | float = calibration
 
         def calibrated(length: int) -> int:
@@ -204,7 +210,12 @@ def detect(
             seen = begin if target.dtype.kind != "f" else int((~np.isnan(target[:begin])).sum())
             return _too_few(seen, "observed values")
     else:
-        clean = np.concatenate([smooth(found.values, smoothing) for found in score(model, calibration, **common)])
+        clean = np.concatenate(
+            [
+                smooth(found.values, smoothing)
+                for found in score(model, cast(Iterable[Mapping[str, Any]], calibration), **common)
+            ]
+        )
         limit = _threshold(clean, threshold, "the calibration dataset")
 
         def lacks(target: NDArray[Any]) -> str | None:

@@ -376,7 +376,9 @@ def fit(
     spec = _adapter(adapter)
     if task not in ("forecast", "reconstruct"):
         raise ValueError(f"--task {task} is unknown; name forecast or reconstruct")
-    _check_names(family, spec)
+    _one_of("gate", gate, ("fallback", "raise", "keep"))
+    _check_model(None, family, horizon, context)
+    _check_names(None, spec)
     with _new_folder(out, resume) as training:
         # Before what takes long to import.
         dataset = columns.read(data)
@@ -679,9 +681,11 @@ def detect(
 
     import numpy as np
 
-    from .anomaly import METHODS, QUALITY, THRESHOLDS, evaluate, write_detections
+    from .anomaly import METHODS, QUALITY, THRESHOLDS, check_calibration, evaluate, write_detections
     from .anomaly import detect as find
 
+    number = None if calibration is None else _number(calibration)
+    check_calibration(calibration if number is None else number)
     _one_of("method", method, ("auto", *METHODS))
     _one_of("threshold", spec if isinstance(spec, str) else str(dict(spec).get("name")), THRESHOLDS)
     # Whether the family needs a horizon is known only when it is loaded.
@@ -691,7 +695,6 @@ def detect(
     dataset = columns.read(data, dtype=np.float64, also_ignore=marked)
     clean: Any = calibration
     if calibration is not None:
-        number = _number(calibration)
         clean = columns.read(Path(calibration), dtype=np.float64, ignore=True) if number is None else number
     truth = None if labels is None else columns.read(data, target=labels, ignore=True)
     if by_family and _reconstructs(family):

@@ -251,6 +251,10 @@ def test_wrong_columns_files_and_options_cost_no_import_of_torch(tmp_path):
     calls += [["forecast", str(path), "--model", str(tmp_path), "--out", str(tmp_path / "f.csv")]]
     calls += [["fit", str(path), "--horizon", "3", "--adapter", "lorra", "--out", str(tmp_path / "m")]]
     calls += [["impute", str(path), "--unfillable", "maybe", "--out", str(tmp_path / "i.csv")]]
+    calls += [["detect", str(path), "--out", str(tmp_path / "d")]]
+    calls += [["detect", str(path), "--calibration", "1.5", "--out", str(tmp_path / "d")]]
+    calls += [["fit", str(path), "--horizon", "0", "--out", str(tmp_path / "m")]]
+    calls += [["fit", str(path), "--horizon", "3", "--gate", "maybe", "--out", str(tmp_path / "m")]]
     calls += [["detect", str(path), "--method", "magic", "--calibration", "0.5", "--out", str(tmp_path / "d")]]
     code = (
         "import sys, json\nfrom typer.testing import CliRunner\nfrom gluonts_peft import cli\n"
