@@ -484,3 +484,17 @@ def test_covariates_of_any_scale_and_level_give_the_same_forecast() -> None:
     with model.inference():
         expected, found = model.forecast(batch).values, model.forecast(other).values
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["chronos2-nano", "moirai-nano"])
+def test_each_dimension_has_its_own_scale_and_level(name: str) -> None:
+    start = pd.Period("2024-01-01", freq="h")
+    target = np.stack([entry["target"] for entry in series(missing=False)])
+    scale, shift = np.array([[1e-9], [1.0], [1e12]]), np.array([[0.0], [1e9], [1e20]])
+    expected, found = (
+        next(iter(PeftPredictor(backbone(name), device="cpu").predict([{"item_id": "a", "start": start, "target": t}])))
+        for t in (target, scale * target + shift)
+    )
+    difference = (found.forecast_array - shift.T) / scale.T - expected.forecast_array
+    assert difference.shape == (len(expected.forecast_keys), HORIZON, 3)
+    assert np.abs(difference / target.std(1)).max() < CLOSE
