@@ -222,8 +222,10 @@ def check_whole(config: Mapping[str, Any], folder: Path) -> None:
         With the key and its value.
     """
     for name, value in _sizes(config):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise CheckpointError(f"{str(folder / 'config.json')!r}: {name} is {value!r}, not a whole number")
+        # Of generated text, which nobody asks for, zero is a length.
+        low = 0 if name.endswith("min_length") else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise CheckpointError(f"{str(folder / 'config.json')!r}: {name} is {value!r}, not a positive whole number")
 
 
 def weight_files(folder: Path) -> list[Path]:

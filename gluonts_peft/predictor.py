@@ -284,7 +284,10 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         _check_type(path, cls)
         stored = _read(path)
         base: Source = stored["base"]
-        backbone_class: type[Backbone] = families.get(stored["family"]).backbone_class
+        try:
+            backbone_class: type[Backbone] = families.get(stored["family"]).backbone_class
+        except ValueError as error:
+            raise PredictorError(f"{error} (as {str(path / CONFIG)!r} says)") from error
         if checkpoint is not None:
             places: list[Any] = [checkpoint]
         else:
