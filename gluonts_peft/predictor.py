@@ -320,7 +320,12 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         else:
             raise faults[0]
         if stored["adapter"] is not None:
-            load_adapter(path / ADAPTER, backbone)
+            try:
+                load_adapter(path / ADAPTER, backbone)
+            except AdapterError as error:
+                if str(path) in str(error):
+                    raise
+                raise AdapterError(f"{error} (adapter of the predictor in {str(path)!r})") from error
         return cls(backbone, fit=stored["fit"], device=device, **stored["settings"])
 
     def swap(self, adapter: str | Path) -> None:

@@ -486,13 +486,21 @@ def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = T
         adapter = from_peft(folder, backbone)
     else:
         raise AdapterError(f"folder {str(folder)!r} holds neither {RECORD} nor adapter_config.json")
-    with backbone.weights.changing():
-        adapter.attach(backbone)
-        try:
-            return adapter.load(folder)
-        except BaseException:
-            adapter.detach()
-            raise
+    try:
+        with backbone.weights.changing():
+            adapter.attach(backbone)
+            try:
+                return adapter.load(folder)
+            except BaseException:
+                adapter.detach()
+                raise
+    except (AdapterError, MemoryError, OSError, ImportError):
+        raise
+    except Exception as error:
+        # Libraries believe what a folder says, and fail in any way where it makes no sense.
+        raise AdapterError(
+            f"adapter {adapter!r} in {str(folder)!r} cannot be attached: {type(error).__name__}: {error}"
+        ) from error
 
 
 def read_adapter_record(folder: Path) -> dict[str, Any]:
