@@ -325,7 +325,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             except AdapterError as error:
                 if str(path) in str(error):
                     raise
-                raise AdapterError(f"{error} (adapter of the predictor in {str(path)!r})") from error
+                raise AdapterError(f"{error} (adapter in {str(path / ADAPTER)!r})") from error
         return cls(backbone, fit=stored["fit"], device=device, **stored["settings"])
 
     def swap(self, adapter: str | Path) -> None:
