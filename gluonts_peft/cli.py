@@ -689,8 +689,8 @@ def detect(
     _one_of("method", method, ("auto", *METHODS))
     _one_of("threshold", spec if isinstance(spec, str) else str(dict(spec).get("name")), THRESHOLDS)
     # Whether the family needs a horizon is known only when it is loaded.
-    by_family = model is None and horizon is None and method in ("auto", "reconstruction", "visible")
-    _check_model(model, family, 1 if by_family else horizon, context)
+    by_family = model is None and method in ("auto", "reconstruction", "visible")
+    _check_model(model, family, 1 if by_family and horizon is None else horizon, context)
     marked = [] if labels is None else [labels]
     dataset = columns.read(data, dtype=np.float64, also_ignore=marked)
     clean: Any = calibration
@@ -698,6 +698,8 @@ def detect(
         clean = columns.read(Path(calibration), dtype=np.float64, ignore=True) if number is None else number
     truth = None if labels is None else columns.read(data, target=labels, ignore=True)
     if by_family and _reconstructs(family):
+        if horizon is not None:
+            raise ValueError(f"--horizon {horizon} has no use: method 'reconstruction' does not forecast; leave it out")
         horizon = 1
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
     for label in truth or ():

@@ -37,6 +37,18 @@ __all__ = ["PeftEstimator"]
 logger = logging.getLogger(__name__)
 
 GATES = ("fallback", "raise", "keep")
+_WHOLE = (
+    "prediction_length",
+    "context_length",
+    "max_epochs",
+    "num_batches_per_epoch",
+    "batch_size",
+    "patience",
+    "min_context",
+    "validation_windows",
+    "max_validation_windows",
+    "seed",
+)
 
 
 class PeftEstimator(Estimator):  # type: ignore[misc]
@@ -99,6 +111,19 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     backbone_class: ClassVar[type[Backbone]]
     default_checkpoint: ClassVar[str]
 
+    def __new__(cls, *arguments: Any, **options: Any) -> PeftEstimator:
+        """Refuse numbers that the conversion to the types of the constructor would change without a word."""
+        try:
+            given = inspect.signature(cls.__init__).bind_partial(None, *arguments, **options).arguments
+        except TypeError:
+            # The constructor says it better.
+            given = {}
+        for name in _WHOLE:
+            value = given.get(name)
+            if isinstance(value, bool) or isinstance(value, float) and not value.is_integer():
+                raise ValueError(f"{name} {value!r} is not a whole number")
+        return super().__new__(cls)  # type: ignore[no-any-return]
+
     @validated()  # type: ignore[untyped-decorator, unused-ignore]
     def __init__(
         self,
@@ -140,6 +165,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         ):
             if value is not None and value <= 0:
                 raise ValueError(f"{name} {value} is not positive")
+        if folder == "":
+            raise ValueError("folder '' is no folder; name one, or leave it out to write nothing to disk")
         if gate not in GATES:
             raise ValueError(unknown("gate", gate, GATES))
         self.prediction_length = prediction_length

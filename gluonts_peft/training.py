@@ -96,8 +96,13 @@ class TrainingOptions:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         for name in ("weight_decay", "gradient_clip_val", "patience", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)} is negative")
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} {value} is negative")
+            if not value < math.inf:
+                raise ValueError(f"{name} {value} is not finite")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed {self.seed} is too large; name one below 2**63")
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate {self.learning_rate} is not positive")
         if not 0 <= self.warmup < 1:

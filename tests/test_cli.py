@@ -610,6 +610,66 @@ def test_backtest_of_zero_shot_needs_no_model(data: Path, tmp_path: Path) -> Non
     )
 
 
+@pytest.mark.parametrize(
+    ("command", "verb", "kept"),
+    [
+        (["fit", "--horizon", "6", "--epochs", "1", "--batches", "2", "--gate", "keep"], "trained on", None),
+        (["forecast", "--horizon", "6"], "forecast", "forecasts"),
+        (["backtest", "--horizon", "6", "--no-baselines"], "scored", None),
+        (["detect", "--calibration", "60", "--family", "moment"], "scored", "scores"),
+        (["impute"], "imputed", "filled"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_one_policy_for_a_series_without_values_in_every_verb(
+    command: list[str], verb: str, kept: str | None, data: Path, tmp_path: Path
+) -> None:
+    table = pd.read_csv(data)
+    path = tmp_path / "data.csv"
+    pd.concat([table, table[table["item_id"] == "a"].assign(item_id="none", target=np.nan)]).to_csv(path, index=False)
+    out = {"fit": "model", "forecast": "out.csv", "detect": "found", "impute": "out.csv", "backtest": "out.csv"}
+    where = tmp_path / out[command[0]]
+    arguments = [command[0], path, *command[1:], "--out", where]
+    sentence = refused(*arguments)
+    assert sentence.startswith(f"1 of 4 series cannot be {verb}: item_id 'none' (no observed value")
+    assert sentence.endswith("go on without them: unusable='skip' (command line: --unusable skip)")
+    assert not where.exists()
+    result = run(*arguments, "--unusable", "skip")
+    assert result.exit_code == 0, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if "left out" in line]
+    assert line.startswith(f"warning: 1 of 4 series are left out, they cannot be {verb}: item_id 'none' (no observed")
+    if kept is not None:
+        written = where / "scores.csv" if where.is_dir() else where
+        assert set(pd.read_csv(written)["item_id"]) == {"a", "b", "c"}
+    assert "'ignore' is unknown" in refused(*arguments, "--unusable", "ignore")
+
+
+def test_a_model_of_another_frequency_takes_insisting(data: Path, model: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(data)
+    stamps = pd.date_range("2024-01-01", periods=len(table[table["item_id"] == "a"]), freq="D")
+    table["timestamp"] = np.tile(stamps.strftime("%Y-%m-%d"), table["item_id"].nunique())[: len(table)]
+    path = tmp_path / "daily.csv"
+    table[table["item_id"] == "a"].to_csv(path, index=False)
+    for command in (["forecast", path, "--out", tmp_path / "out.csv"], ["backtest", path, "--no-baselines"]):
+        assert refused(*command, "--model", model) == (
+            "item_id 'a' has the frequency 'D', and the model was tuned on data of 'h'; give data of that frequency, or"
+            " take it all the same: any_freq=True (command line: --any-freq)"
+        )
+        ok(*command, "--model", model, "--any-freq")
+
+
+def test_options_without_use_are_refused(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    for command in (["forecast", data, "--out", out], ["backtest", data]):
+        assert refused(*command, "--horizon", "3", "--num-samples", "5") == (
+            "--num-samples 5 has no use: the model forecasts quantiles; leave it out"
+        )
+    command = ["detect", data, "--family", "moment", "--calibration", "0.5", "--out", tmp_path / "found"]
+    assert refused(*command, "--horizon", "8") == (
+        "--horizon 8 has no use: method 'reconstruction' does not forecast; leave it out"
+    )
+
+
 def test_series_that_cannot_be_scored_are_an_error_or_a_warning_of_one_line(data: Path, tmp_path: Path) -> None:
     table = pd.read_csv(data)
     path = tmp_path / "short.csv"

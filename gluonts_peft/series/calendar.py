@@ -270,7 +270,7 @@ def stamp_table(starts: Sequence[pd.Period], counts: int | Sequence[int], calend
                 found = in_zone(clock - np.repeat(ahead, sizes), own[0])
             walls[rows], offsets[rows] = found.walls, found.offsets
             zones.add("" if own[0].changes else zone)
-    if zones == {None}:
+    if zones <= {None}:
         return Stamps(walls)
     return Stamps(walls, offsets, None if len(zones) > 1 or zones == {""} else zones.pop())
 
