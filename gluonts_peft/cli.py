@@ -423,7 +423,7 @@ def fit(
     tuned = backbone.adapter or get_adapter(estimator.adapter).attach(backbone)
     _facts(
         [
-            ("gate", run.gate),
+            ("verdict", run.verdict or run.gate),
             ("adapter", repr(tuned)),
             ("trainable parameters", f"{tuned.num_parameters():,}"),
             ("trained", f"{run.epochs} epochs, {run.steps} steps, {run.seconds:.1f} seconds"),
@@ -944,16 +944,16 @@ def search(
 def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved predictor or adapter.")]) -> None:
     """Say what a saved predictor or adapter is."""
     from .adapters.base import RECORD
-    from .files import NewerFormat, load_json, opened
+    from .files import NewerFormat, load_json, opened, typed
     from .predictor import CONFIG
-    from .training import Gate
+    from .training import Fit
 
     file = next((folder / name for name in (CONFIG, RECORD) if (folder / name).is_file()), None)
     if file is None:
         raise FileNotFoundError(f"{str(folder)!r} holds neither a predictor ({CONFIG}) nor an adapter ({RECORD})")
     try:
         record = opened(load_json(file))
-        base, run = record["base"], record.get("fit")
+        base, run = record["base"], typed(Fit, record["fit"], "fit") if record.get("fit") else None
         lengths = [(name, record[name]) for name in ("prediction_length", "context_length") if name in record]
         facts = [
             ("what", "predictor" if file.name == CONFIG else "adapter"),
@@ -963,7 +963,7 @@ def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved 
             ("fingerprint", base["fingerprint"]),
             ("adapter", json.dumps(record["adapter"] or "none")),
             *lengths,
-            ("gate", Gate(**run["gate"]) if run else "-"),
+            ("verdict", (run.verdict or run.gate) if run else "-"),
             ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         ]
     except NewerFormat as error:

@@ -27,6 +27,7 @@ from .series.overlap import held_back
 from .tasks import Joint, parse_tasks
 from .trainer_kwargs import check_trainer_kwargs, resolve_precision
 from .training import Fit, TrainingOptions, TuningDidNotHelp, fit, resolve_device
+from .verdict import UNITS, Judge
 from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
@@ -77,9 +78,17 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     max_validation_windows
         Of these, an evenly spaced part is used if there are more.
     gate
-        What to hand over if the tuned model does not beat zero-shot on the validation windows: ``"fallback"`` warns
+        What to hand over if there is no evidence on the validation windows that the tuned model is better than
+        zero-shot, see :class:`gluonts_peft.verdict.Verdict`: ``"fallback"`` warns
         (:class:`~gluonts_peft.TuningDidNotHelp`) and returns the zero-shot predictor, ``"raise"`` raises it,
-        ``"keep"`` returns the tuned predictor all the same. Both scores are recorded in any case.
+        ``"keep"`` returns the tuned predictor all the same. The verdict is recorded in any case; who wants no less than
+        a proof asks for ``predictor.verdict.proven``.
+    verdict_unit
+        What the verdict counts: ``"series"``, or ``"patients"``, with what comes before the first ``/`` of an item id
+        as the patient, where several series of one are no independent evidence.
+    interpolate
+        Whether weights between the pretrained and the tuned model may be handed over too, see
+        :func:`gluonts_peft.training.fit`.
     seed
         Decides initialisation, windows, dropout and sample paths: same seed, same machine, same numbers.
     device
@@ -143,6 +152,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         validation_windows: int = 1,
         max_validation_windows: int = 1024,
         gate: str = "fallback",
+        verdict_unit: str = "series",
+        interpolate: bool = True,
         seed: int = 0,
         device: str = "auto",
         precision: str = "auto",
@@ -169,6 +180,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             raise ValueError("folder '' is no folder; name one, or leave it out to write nothing to disk")
         if gate not in GATES:
             raise ValueError(unknown("gate", gate, GATES))
+        if verdict_unit not in UNITS:
+            raise ValueError(unknown("verdict_unit", verdict_unit, UNITS))
         self.prediction_length = prediction_length
         self.context_length = context_length
         self.checkpoint = self.default_checkpoint if checkpoint is None else checkpoint
@@ -192,6 +205,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.validation_windows = validation_windows
         self.max_validation_windows = max_validation_windows
         self.gate = gate
+        self.verdict_unit = verdict_unit
+        self.interpolate = interpolate
         self.folder = None if folder is None else Path(folder)
         self.backbone_options = dict(backbone_options or {})
         self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
@@ -241,7 +256,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         training_data
             Where training windows are drawn from.
         validation_data
-            Its last windows decide the best epoch and the zero-shot gate. If None, the labels of the last
+            Its last windows decide which weights are handed over, and the verdict. If None, the labels of the last
             ``validation_windows`` windows of each training series are held out for this and not trained on, with a task
             ``reconstruct`` their histories too. So are labels of `validation_data` that lie inside the training data of
             the same item (same ``item_id``, or equal series), with a warning.
@@ -254,7 +269,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         Returns
         -------
         PeftPredictor
-            With ``fit``: the gate's scores, epochs, seconds and losses.
+            With ``verdict``, and ``fit``: epochs, seconds and losses.
 
         Raises
         ------
@@ -263,7 +278,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             says what and why. Of what is no dataset, or a wrong entry, it is a
             :class:`~gluonts_peft.series.entries.EntryError`.
         TuningDidNotHelp
-            If ``gate="raise"`` and tuning did not beat zero-shot.
+            If ``gate="raise"`` and there is no evidence that tuning helped.
         """
         from .imputation import require_reconstruct
 
@@ -295,9 +310,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         held_out_windows = Windows(held_out_store, **lengths)
         if validation_data is not None:
             self._settle("validation", "validated on", held_out_windows, held_out_door)
-        validation = list(
-            held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
-        )
+        last = held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
+        validation = list(last)
         joint, before, levels = self.tasks, {}, adapter.head_levels
         score = None
         if joint is not None:
@@ -324,6 +338,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             trainer_kwargs=self.trainer_kwargs,
             loss=joint,
             score=score,
+            judge=Judge(last, unit=self.verdict_unit, tasks=None if joint is None else joint.judged),
+            interpolate=self.interpolate,
         )
         if joint is not None:
             names, diverged = [task.name for task in joint.tasks], not math.isfinite(result.gate.tuned)
@@ -340,9 +356,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         return self._hand_over(backbone, adapter, result, door.found_freq)
 
     def _hand_over(self, backbone: Backbone, adapter: Adapter, result: Fit, freq: str | None) -> PeftPredictor:
-        """Return the tuned predictor, or what the gate says."""
+        """Return the tuned predictor, or what ``gate`` wants without evidence that tuning helped."""
         if not result.gate.passed and adapter.num_parameters():
-            message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: {result.gate}"
+            message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: {result.verdict or result.gate}"
             if self.gate == "raise":
                 raise TuningDidNotHelp(message)
             if self.gate == "fallback":

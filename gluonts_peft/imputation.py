@@ -30,6 +30,7 @@ from .series.overlap import held_back
 from .series.writing import Names, writable, write_columns
 from .training import fit, to_device
 from .units import refuse_nonfinite, to_units
+from .verdict import Judge
 from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
@@ -214,6 +215,8 @@ def train_reconstruction(
         progress=estimator.progress,
         trainer_kwargs=estimator.trainer_kwargs,
         loss=loss,
+        judge=Judge(validation, unit=estimator.verdict_unit, tasks=[(1.0, loss)]),
+        interpolate=estimator.interpolate,
     )
     return estimator._hand_over(backbone, adapter, result, door.found_freq)
 

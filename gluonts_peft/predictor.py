@@ -28,6 +28,7 @@ from .series.entries import Door, nothing_seen
 from .series.season import unit_of
 from .training import Fit, Gate, resolve_device, to_device
 from .units import refuse_nonfinite
+from .verdict import Verdict
 from .weights import Snapshot
 from .windows import context_batches
 
@@ -102,8 +103,17 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         return self.backbone.merged
 
     @property
+    def verdict(self) -> Verdict | None:
+        """Did tuning help, for how many, and how sure is that? None if this predictor was not trained, or there was no
+        forecast before tuning to compare with.
+        """
+        return None if self.fit is None else self.fit.verdict
+
+    @property
     def gate(self) -> Gate | None:
-        """Scores of zero-shot and tuned on the validation windows, if this predictor was trained."""
+        """Scores of zero-shot and of the kept weights on the windows that chose these, if this predictor was trained;
+        what they are worth is what :attr:`verdict` says.
+        """
         return None if self.fit is None else self.fit.gate
 
     def predict(

@@ -108,6 +108,14 @@ class Joint:
         return torch.stack(terms).sum(0)
 
     @property
+    def judged(self) -> list[tuple[float, int | Loss]]:
+        """What a :class:`gluonts_peft.verdict.Judge` scores of these tasks, and its weight."""
+        return [
+            (task.weight * task.rate, task.loss.prediction_length if isinstance(task.loss, ForecastLoss) else task.loss)
+            for task in self.tasks
+        ]
+
+    @property
     def history(self) -> bool:
         """Whether any of the tasks judges the history of a window."""
         return any(getattr(task.loss, "history", False) for task in self.tasks)

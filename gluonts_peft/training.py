@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,14 @@ from .noise import without_noise
 from .processes import keeping_handler
 from .resume import SafeCheckpointIO, read_checkpoint
 from .trainer_kwargs import check_precision, check_trainer_kwargs, deciding, resolve_precision
+from .verdict import NO_EVIDENCE, Candidate, Verdict
 from .weights import Snapshot
 from .windows import Windows
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
     from .backbone import Backbone
+    from .verdict import Judge
 
     Loss = Callable[[Backbone, Mapping[str, Tensor]], Tensor]
 
@@ -43,6 +45,8 @@ __all__ = ["Fit", "Gate", "TrainingOptions", "TuningDidNotHelp", "fit", "mean_lo
 logger = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
+# Between the adapter as it was attached and as an epoch leaves it: what may be handed over besides.
+_WEIGHTS = (0.75, 0.5, 0.25)
 
 
 class TuningDidNotHelp(UserWarning):  # noqa: N818
@@ -58,7 +62,8 @@ class TrainingOptions:
     max_epochs
         Epochs at most; each ends with a validation.
     num_batches_per_epoch
-        Steps of an epoch.
+        Steps of an epoch; no more than it takes to draw as many windows as there are, so that few series are not
+        passed over more often than ``max_epochs`` times, with a validation after each.
     batch_size
         Windows a step.
     learning_rate
@@ -117,10 +122,10 @@ class TrainingOptions:
 
 @dataclass(frozen=True)
 class Gate:
-    """The answer to "did tuning beat zero-shot?", on the same validation windows.
+    """Scores of zero-shot and of the weights that are kept, on the same validation windows.
 
-    The epoch whose weights are kept is chosen on these windows too, so the tuned score is slightly flattering; a
-    backtest on other data is the judge.
+    These windows have chosen the weights, so the tuned score is flattering; whether tuning helped is for the
+    :class:`~gluonts_peft.verdict.Verdict` to say, whose word stands here too.
 
     Parameters
     ----------
@@ -133,16 +138,22 @@ class Gate:
         What is scored: ``"loss"``, the training loss of the family; ``"forecast error"`` where a new head took the
         place of the model's own, so that their losses differ in kind, see :func:`gluonts_peft.heads.forecast_error`;
         ``"score of all tasks"``, see :meth:`gluonts_peft.tasks.Joint.relative`.
+    verdict
+        The word of the verdict. None where there is none: in records before version 0.2, and where there is nothing
+        to compare with; then the two scores decide.
     """
 
     zero_shot: float | None
     tuned: float
     windows: int
     measure: str = "loss"
+    verdict: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether tuning helped."""
+        """Whether the tuned model is handed over."""
+        if self.verdict is not None:
+            return self.verdict != NO_EVIDENCE
         return math.isfinite(self.tuned) if self.zero_shot is None else self.tuned < self.zero_shot
 
     def __str__(self) -> str:
@@ -173,6 +184,8 @@ class Fit:
     report: dict[str, Any] = field(default_factory=dict)
     # Of each task, its own loss before and after, where there were several.
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+    # Did tuning help? None where there was nothing to compare with, and in records before version 0.2.
+    verdict: Verdict | None = None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -313,8 +326,22 @@ class _Keeper(Callback):  # type: ignore[misc]
     Lightning's own early stopping forgets, when a run is resumed, that the run had stopped.
     """
 
-    def __init__(self, adapter: Adapter, path: Path | None, run: Mapping[str, Any], patience: int) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        path: Path | None,
+        run: Mapping[str, Any],
+        patience: int,
+        judge: Judge | None = None,
+        weights: Sequence[float] = (),
+    ) -> None:
         self.adapter = adapter
+        self.judge = judge
+        # Where a path from zero-shot to what an epoch makes of the adapter begins, and its points before the end.
+        self.start = _copied(adapter) if weights else {}
+        self.between = weights
+        self.candidates: list[Candidate] = []
+        self.chosen = self.score = math.inf
         self.path = path
         self.run = dict(run)
         self.patience = patience
@@ -340,13 +367,35 @@ class _Keeper(Callback):  # type: ignore[misc]
         elif not self.adapter.settled:
             # Its weights would be those of another adapter than the one that is kept.
             pass
-        elif score < self.best:
-            self.best, self.waited = score, 0
-            self.weights = {name: tensor.detach().cpu().clone() for name, tensor in self.adapter.state_dict().items()}
         else:
-            self.waited += 1
-            self.stopped = self.waited == self.patience
+            if self.judge is not None:
+                self._judge(self.judge, trainer.current_epoch)
+            if score < self.best:
+                self.best, self.waited = score, 0
+                if self.judge is None:
+                    self.weights = _copied(self.adapter)
+            else:
+                self.waited += 1
+                self.stopped = self.waited == self.patience
         trainer.should_stop = trainer.should_stop or self.stopped
+
+    def _judge(self, judge: Judge, epoch: int) -> None:
+        """Score what the epoch has made of the adapter, and points on the way there; keep the best epoch so far."""
+        state = _copied(self.adapter)
+        between = self.between if state.keys() == self.start.keys() else ()
+        try:
+            for weight in (1.0, *between):
+                if weight != 1.0:
+                    self.adapter.load_state_dict(_mixed(self.start, state, weight))
+                scores = judge.score(self.adapter.attached)
+                self.candidates.append(Candidate(epoch, weight, scores))
+                if weight == 1.0:
+                    self.score = float(scores.mean())
+                if scores.mean() < self.chosen:
+                    self.chosen, self.weights = float(scores.mean()), state
+        finally:
+            if between:
+                self.adapter.load_state_dict(state)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
@@ -355,6 +404,7 @@ class _Keeper(Callback):  # type: ignore[misc]
                 "epoch": trainer.current_epoch,
                 "train_loss": float(metrics["train_loss"]),
                 "val_loss": pl_module.validated.value,
+                **({} if self.judge is None else {"score": self.score}),
             }
         )
         self.seconds = time.perf_counter() - self._started
@@ -370,12 +420,30 @@ class _Keeper(Callback):  # type: ignore[misc]
             "history": self.history,
             "seconds": self.seconds,
             "run": self.run,
+            "chosen": self.chosen,
+            "candidates": [[each.epoch, each.weight, torch.from_numpy(each.scores)] for each in self.candidates],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.weights = state_dict["best"], state_dict["weights"]
         self.waited, self.stopped = state_dict["waited"], state_dict["stopped"]
         self.history, self.seconds = state_dict["history"], state_dict["seconds"]
+        self.chosen = state_dict.get("chosen", math.inf)
+        self.candidates = [
+            Candidate(epoch, weight, scores.numpy()) for epoch, weight, scores in state_dict.get("candidates", [])
+        ]
+
+
+def _copied(adapter: Adapter) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in adapter.state_dict().items()}
+
+
+def _mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
+    """Return tensors on the line between two states; what is no number on a line is taken from the end."""
+    return {
+        name: torch.lerp(start[name].to(tensor.dtype), tensor, weight) if tensor.is_floating_point() else tensor
+        for name, tensor in end.items()
+    }
 
 
 class _Bar(Callback):  # type: ignore[misc]
@@ -417,8 +485,10 @@ def fit(
     trainer_kwargs: Mapping[str, Any] | None = None,
     loss: Loss | None = None,
     score: Callable[[], float] | None = None,
+    judge: Judge | None = None,
+    interpolate: bool = True,
 ) -> Fit:
-    """Attach an adapter to a backbone and train it; the weights of the best epoch are kept.
+    """Attach an adapter to a backbone and train it; the best weights are kept.
 
     Parameters
     ----------
@@ -449,6 +519,12 @@ def fit(
     score
         What the gate compares, lower is better, in place of the mean loss: called before the adapter is attached, and
         after the training.
+    judge
+        Scores each epoch on validation windows, unit by unit: the best weights are those with the lowest mean over
+        units, and ``Fit.verdict`` says what that is worth. If None, the mean loss of `validation` chooses an epoch.
+    interpolate
+        Let the judge choose among weights between the adapter as it was attached, which changes nothing, and as each
+        epoch leaves it; else among epochs alone. Has no effect with a new head, which begins at random.
 
     Raises
     ------
@@ -470,6 +546,12 @@ def fit(
 
     unknown = score is None and backbone.untrained and (loss is None or levels is not None)
     zero_shot = None if unknown else validate()
+    # Without a forecast before tuning there is nothing to compare with.
+    if unknown or (judge is not None and judge.forecasts and backbone.untrained):
+        judge = None
+    before = None if judge is None else judge.start(backbone)
+    steps = min(options.num_batches_per_epoch, math.ceil(len(windows) / options.batch_size))
+    options = replace(options, num_batches_per_epoch=steps)
     measure = "score of all tasks" if score is not None else "loss" if levels is None else "forecast error"
     count = sum(len(batch["past_target"]) for batch in validation)
     rate = adapter.learning_rate if options.learning_rate is None else options.learning_rate
@@ -502,9 +584,15 @@ def fit(
             **({} if loss is None else {"loss": repr(loss)}),
             **({} if not scoring else {"scoring": _digest(scoring)}),
             "trainer": {"precision": precision, **deciding(extra)},
+            **({} if judge is None else {"verdict": {"unit": judge.unit, "interpolate": interpolate}}),
         }
-        path, start = _checkpoints(folder, ckpt_path, run)
-        keeper = _Keeper(adapter, path, run, options.patience)
+        path, start, earlier = _checkpoints(folder, ckpt_path, run)
+        if start is not None and "verdict" not in earlier:
+            # Begun before there was a verdict: its first epochs were not judged, so it ends by the rule it began with.
+            judge = before = None
+            run.pop("verdict", None)
+        between = _WEIGHTS if interpolate and judge is not None and levels is None else ()
+        keeper = _Keeper(adapter, path, run, options.patience, judge, between)
         callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
         if progress:
             callbacks.append(_Bar(options.total_steps, repr(adapter)))
@@ -559,20 +647,30 @@ def fit(
     backbone.to(device).eval()
     # A precision such as "bf16-true" has rounded the base, too; what is scored and handed over rests on the checkpoint.
     types.restore_types()
+    verdict = None if judge is None or before is None else judge.verdict(before, keeper.candidates)
     if keeper.weights:
-        adapter.load_state_dict(keeper.weights)
+        weight = 1.0 if verdict is None or verdict.weight is None else verdict.weight
+        adapter.load_state_dict(keeper.weights if weight == 1.0 else _mixed(keeper.start, keeper.weights, weight))
         adapter.finish()
     # The same function scores both sides, so that they differ by the weights alone.
     tuned = validate() if keeper.weights else math.inf
-    gate = Gate(zero_shot, tuned, count, measure)
-    steps, report = trainer.global_step, adapter.report()
-    return Fit(gate, len(keeper.history), steps, keeper.seconds, rate, keeper.history, report)
+    gate = Gate(zero_shot, tuned, count, measure, None if verdict is None else verdict.word)
+    return Fit(
+        gate,
+        len(keeper.history),
+        trainer.global_step,
+        keeper.seconds,
+        rate,
+        keeper.history,
+        adapter.report(),
+        verdict=verdict,
+    )
 
 
 def _checkpoints(
     folder: Path | None, ckpt_path: str | Path | None, run: Mapping[str, Any]
-) -> tuple[Path | None, Path | None]:
-    """Return where checkpoints go and the one to start from."""
+) -> tuple[Path | None, Path | None, Mapping[str, Any]]:
+    """Return where checkpoints go, the one to start from, and what it says of its run."""
     path = None if folder is None else folder / LAST
     if ckpt_path == "last":
         if path is None:
@@ -585,19 +683,18 @@ def _checkpoints(
                 f"folder {str(folder)!r} already holds a training run; pass ckpt_path='last' to go on with it, or name"
                 " another folder"
             )
+    earlier: Any = {}
     if start is not None:
         states = read_checkpoint(start).get("callbacks", {})
-        earlier: Any = next(
-            (state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {}
-        )
-        # Records of 0.1.0 do not say how the trainer was told to compute.
-        compared = [name for name in run if name in earlier or name != "trainer"]
+        earlier = next((state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {})
+        # Records of 0.1.0 do not say how the trainer was told to compute, and know no verdict.
+        compared = [name for name in run if name in earlier or name not in ("trainer", "verdict")]
         if differing := [name for name in compared if _plain(earlier.get(name)) != _plain(run[name])]:
             raise ValueError(
                 f"checkpoint {str(start)!r} belongs to another run: {', '.join(differing)} differ"
                 f" ({_first_difference(earlier, run, differing[0])})"
             )
-    return path, start
+    return path, start, earlier
 
 
 def _digest(batches: Iterable[Mapping[str, Any]]) -> str:

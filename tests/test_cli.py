@@ -203,7 +203,7 @@ def test_an_adapter_that_does_not_load_is_listed_with_its_error(monkeypatch: pyt
 def test_fit_prints_what_came_out_and_leaves_only_the_predictor(fitted: tuple[Path, str]) -> None:
     folder, output = fitted
     assert re.fullmatch(
-        r"gate: +tuning (helped|did not help): validation loss \S+ zero-shot, \S+ tuned \(\S+ %, 3 windows\)\n"
+        r"verdict: +(proven|better, not proven|no evidence): .*3 series.*\n"
         r"adapter: +lora\(r=4\)\n"
         r"trainable parameters: +17,920\n"
         r"trained: +1 epochs, 3 steps, \d+\.\d seconds\n"
@@ -246,9 +246,7 @@ def test_tuning_that_did_not_help(data: Path, tmp_path: Path) -> None:
     result = run(*harmful, "--out", tmp_path / "fallback")
     assert result.exit_code == 0
     [line] = result.stderr.splitlines()
-    pattern = (
-        r"adapter lora on 'bolt-nano': tuning did not help: validation loss \S+ zero-shot, \S+ tuned \(.* windows\)"
-    )
+    pattern = r"adapter lora on 'bolt-nano': no evidence: .*3 series.*"
     assert re.fullmatch(
         rf"warning: {pattern}; the zero-shot predictor is returned \(gate='keep' keeps the tuned\)", line
     )
@@ -697,7 +695,7 @@ def test_show_says_what_a_folder_holds(model: Path) -> None:
         size = os.path.getsize(model / "adapter" / "adapter_model.safetensors")
         assert facts["adapter on disk"] == f"{size:,} bytes"
         assert "torch 2" in facts["versions"]
-    assert re.search(r"^gate: +tuning .* 3 windows\)$", predictor, re.MULTILINE)
+    assert re.search(r"^verdict: +(proven|better, not proven|no evidence): .*3 series", predictor, re.MULTILINE)
     assert re.search(r"^prediction_length: +6$", predictor, re.MULTILINE)
     assert "prediction_length" not in adapter
 

@@ -166,8 +166,9 @@ def ranking(folder: str | Path) -> pd.DataFrame:
         objective and no worse in all others; ``validation <metric>`` for each objective, which decides the order
         (several: front after front, then by the first), of a stopped trial the last one; what the trial has at each
         path of the space; ``test <metric>`` for all metrics of the report, which decide nothing; ``zero-shot
-        loss``, ``tuned loss`` and ``gate passed``, whether tuning beat zero-shot on the validation windows of its
-        training, missing where nothing trains or the trial is not finished; ``trainable parameters``, ``epochs``,
+        loss``, ``tuned loss`` and ``gate passed``, whether there is evidence on the validation windows of its
+        training that tuning helped, and the ``verdict`` in words, missing where nothing trains or the trial is not
+        finished; ``trainable parameters``, ``epochs``,
         ``seconds`` of training, ``folder`` of the trial, and ``error``.
 
     Raises
@@ -199,6 +200,7 @@ def ranking(folder: str | Path) -> pd.DataFrame:
                 "zero-shot loss": gate.get("zero_shot"),
                 "tuned loss": gate.get("tuned"),
                 "gate passed": gate.get("passed"),
+                "verdict": str(result.verdict) if result is not None and result.verdict else None,
                 "trainable parameters": result.trainable_parameters if result else None,
                 "epochs": result.epochs if status == FINISHED and result else record.last,
                 "seconds": result.seconds if result else None,
@@ -229,7 +231,8 @@ def not_helped(frame: pd.DataFrame) -> str | None:
         return None
     row = best.iloc[0]
     return (
-        f"the best trial, {row['trial']}, is no better than zero-shot on the validation windows of its training: loss"
+        f"the best trial, {row['trial']}, is no better than zero-shot on the validation windows of its training"
+        f"{'' if pd.isna(row['verdict']) else ' (' + row['verdict'] + ')'}: loss"
         f" {cell(row['tuned loss'])}, zero-shot {cell(row['zero-shot loss'])}"
     )
 

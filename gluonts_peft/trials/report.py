@@ -211,8 +211,9 @@ class _View:
         return (
             "Mean ± standard deviation over seeds, on the same test windows; bold: best of the column. Within 80 %:"
             f" share of labels, in per cent, between the 0.1 and 0.9 quantiles. Vs zero-shot: change of MAE, {verdict}."
-            " Handed over: trials whose gate, which looks at the validation windows alone, would return the tuned model"
-            " and not zero-shot. Point forecasts have no interval; their quantile loss takes the point for all levels."
+            " Handed over: trials whose verdict, on the validation windows alone, is proven or better, not proven, so"
+            " that the tuned model would be returned and not zero-shot."
+            " Point forecasts have no interval; their quantile loss takes the point for all levels."
         )
 
 
@@ -245,7 +246,8 @@ def _sentences(frame: pd.DataFrame) -> list[tuple[str, str]]:
                 sentence += " One seed cannot tell this from luck."
         if not math.isnan(row["gate passed"]) and row["gate passed"] < row["finished"]:
             sentence += (
-                f" The gate would have returned zero-shot in {row['finished'] - row['gate passed']:.0f} of"
+                f" By their verdicts on the validation windows zero-shot would have been handed over in"
+                f" {row['finished'] - row['gate passed']:.0f} of"
                 f" {row['finished']:.0f}."
             )
         if row["failed"] and row["finished"]:
@@ -473,7 +475,8 @@ def _html_appendix(study: StudySpec, results: list[TrialResult], expected: list[
     text = html.escape
     by_hash = {result.spec.hash(): result for result in results}
     lines = ["<h2>Exactly</h2>", "<details><summary>Every trial</summary>"]
-    headers = ("trial", "status", "MAE", "validation loss: zero-shot", "tuned", "rate", "epochs", "s in all", "hash")
+    headers = [*["trial", "status", "MAE", "validation loss: zero-shot", "tuned", "rate", "epochs", "s in all"]]
+    headers += ["verdict on the validation windows", "hash"]
     lines.append('<div class="scroll"><table><tr>' + "".join(f"<th>{name}</th>" for name in headers) + "</tr>")
     for trial in expected:
         result = by_hash.get(trial.hash())
@@ -483,8 +486,9 @@ def _html_appendix(study: StudySpec, results: list[TrialResult], expected: list[
             score = result.scores.get(METRICS[JUDGE])
             numbers = [score, gate.get("zero_shot"), gate.get("tuned"), result.learning_rate, result.epochs]
             cells += ["–" if number is None else f"{number:.6g}" for number in [*numbers, result.seconds_total]]
+            cells.append(str(result.verdict) if result.verdict else "–")
         else:
-            cells += ["–"] * 6
+            cells += ["–"] * 7
         lines.append("<tr>" + "".join(f"<td>{text(str(cell))}</td>" for cell in [*cells, trial.hash()]) + "</tr>")
     lines.append("</table></div></details>")
     failures = [f"<li><b>{text(r.spec.name())}</b>: {text(r.error or '')}</li>" for r in results if r.error]

@@ -427,6 +427,7 @@ def _tune(
         seed=spec.seed,
         gate="keep",
         unusable="skip",
+        verdict_unit="patients" if spec.data.group == "patient" else "series",
         folder=str(folder / TRAINING),
         progress=progress,
         trainer_kwargs=None if evaluate is None else {"callbacks": [_evaluation(evaluate, spec)]},
@@ -437,7 +438,7 @@ def _tune(
     shutil.rmtree(folder / PREDICTOR, ignore_errors=True)
     predictor.serialize(folder / PREDICTOR)
     gate = predictor.fit.gate
-    verdict = {
+    scores = {
         "zero_shot": _finite(gate.zero_shot),
         "tuned": _finite(gate.tuned),
         "windows": gate.windows,
@@ -447,7 +448,8 @@ def _tune(
     facts |= {
         "counts": _skipped_counts(estimator),
         # Zero-shot has nothing to pass.
-        "gate": verdict if facts["trainable_parameters"] else None,
+        "gate": scores if facts["trainable_parameters"] else None,
+        "verdict": predictor.verdict,
         "adapter": PREDICTOR,
         "base": asdict(predictor.backbone.source),
     }

@@ -28,6 +28,7 @@ from pydantic import (
 from ..files import NewerFormat, check_regular, load_json, opened, parse_yaml, record, write_atomically
 from ..registry import Registry, adapters, families, unknown
 from ..trainer_kwargs import check_precision
+from ..verdict import Verdict
 
 __all__ = [
     "BASELINE",
@@ -380,8 +381,11 @@ class TrialResult(_Spec):
     counts
         Series and windows that were scored, how many were skipped for which reason, and series to train on.
     gate
-        Validation losses ``zero_shot`` and ``tuned``, the number of ``windows``, whether tuning ``passed``; None where
-        nothing trains.
+        Validation losses ``zero_shot`` and ``tuned``, the number of ``windows``, whether tuning ``passed``, by its
+        verdict; None where nothing trains.
+    verdict
+        That of the training, on the validation windows; None where nothing trains or there is no zero-shot forecast,
+        and in results before version 0.2.
     trainable_parameters, epochs, steps, learning_rate
         Of the training; None for naive baselines.
     seconds, seconds_forecast, seconds_total
@@ -411,6 +415,7 @@ class TrialResult(_Spec):
     scores: dict[str, float | None] = Field(default_factory=dict)
     counts: dict[str, int] = Field(default_factory=dict)
     gate: dict[str, float | int | bool | None] | None = None
+    verdict: Verdict | None = None
     trainable_parameters: int | None = None
     epochs: int | None = None
     steps: int | None = None

@@ -39,7 +39,9 @@ def test_a_trial_leaves_scores_predictor_and_windows(tmp_path: Path) -> None:
     assert result.counts["windows"] == 2 * len(data.test)
     assert result.data_fingerprint == data.fingerprint
     assert result.gate is not None
-    assert result.gate["passed"] is (result.gate["tuned"] < result.gate["zero_shot"])  # type: ignore[operator]
+    assert result.verdict is not None
+    assert result.gate["passed"] is (result.verdict.word != "no evidence")
+    assert (result.verdict.unit, result.verdict.units) == ("patients", len(data.validation))
     assert (result.epochs, result.steps) == (2, 6)
     assert result.trainable_parameters
     assert result.peak_memory_mb

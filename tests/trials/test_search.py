@@ -381,7 +381,12 @@ def test_a_winner_that_is_no_better_than_zero_shot_is_said_to_be_so(tmp_path: Pa
     assert losses[0] < losses[1]
     assert not pd.read_csv(out / "ranking.csv")["gate passed"].item()
     done = cli(path, "--out", out, "--serial")
-    assert f"of its training: loss {losses[1]:.4g}, zero-shot {losses[0]:.4g}; '{out}/best' holds it" in done.output
+    assert result.verdict is not None
+    assert result.verdict.word == "no evidence"
+    sentence = str(result.verdict)
+    assert frame["verdict"].item() == sentence
+    said = f"of its training ({sentence}): loss {losses[1]:.4g}, zero-shot {losses[0]:.4g}; '{out}/best' holds it"
+    assert said in done.output
     assert f"best predictor: {out}/best (no better than zero-shot)\n" in done.output
     assert (out / "best").is_dir()
     console = Console(width=300, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
