@@ -369,9 +369,9 @@ def offset_from(text: str) -> int:
     """Nanoseconds that ``Z``, ``+09``, ``-0430`` or ``+05:45`` are ahead of UTC."""
     if text.upper() in ("Z", "UTC"):
         return 0
-    digits = text[1:].replace(":", "").ljust(4, "0")
-    size = int(digits[:2]) * 60 + int(digits[2:4])
-    return (-size if text[0] == "-" else size) * 60 * 10**9
+    digits = text[1:].replace(":", "").ljust(6, "0")
+    size = (int(digits[:2]) * 60 + int(digits[2:4])) * 60 + int(digits[4:])
+    return (-size if text[0] == "-" else size) * 10**9
 
 
 def offset_of(freq: str) -> Any:
@@ -490,14 +490,25 @@ class _Dated:
     def __iter__(self) -> Any:
         from .grid import calendars
 
-        pairs = getattr(self.dataset._data_entries, "iterable", ())
-        for entry, pair in zip(self.dataset, pairs, strict=True):
-            frame = pair[1]
-            times = frame[self.dataset.timestamp] if self.dataset.timestamp else frame.index
+        column = self.dataset.timestamp
+        for name, frame in self.dataset._data_entries.iterable:
+            times = frame[column] if column else frame.index
             if isinstance(times.dtype, pd.PeriodDtype):
-                yield entry
+                yield self.dataset._pair_to_dataentry(name, frame)
                 continue
             index = pd.DatetimeIndex(times)
+            if index.tz is not None and not by_clock(period_freq(self.dataset.freq)):
+                # On a clock that never changes, hours are evenly spaced.
+                fixed = index.tz_convert(offset_name(int(pd.Timedelta(index.min().utcoffset()).value)))
+                frame = frame.copy(deep=False)
+                if column:
+                    frame[column] = fixed
+                else:
+                    frame.index = fixed
+            with warnings.catch_warnings():
+                # The zone is not lost: it is in the calendar.
+                warnings.filterwarnings("ignore", "Converting to PeriodArray/Index", UserWarning)
+                entry = self.dataset._pair_to_dataentry(name, frame)
             freq = entry["start"].freqstr
             # One stamp tells all, but for places in a month.
             index = index.sort_values() if base_of(freq)[0] in "MQY" else pd.DatetimeIndex([index.min()])

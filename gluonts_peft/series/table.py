@@ -579,7 +579,7 @@ def _stamps(column: Any, path: Path, name: str, items: _RowNames, date_format: s
 
 
 # A time of day, then Z, -05, -0430 or +05:45; behind a date alone only what cannot be a part of it.
-_ZONED = r"^(.*(?:T\d\d|:\d\d)\S*?|\d{4}-\d\d-\d\d(?=Z|[+-]\d\d:\d\d$))\s?(Z|z|UTC|[+-]\d\d(?::?\d\d)?)$"
+_ZONED = r"^(.*(?:T\d\d|:\d\d)\S*?|\d{4}-\d\d-\d\d(?=Z|[+-]\d\d:\d\d$))\s?(Z|z|UTC|[+-]\d\d(?::?\d\d){0,2})$"
 
 
 def _parsed(text: Any, date_format: str) -> tuple[Any, NDArray[np.int64] | None]:

@@ -149,6 +149,57 @@ def test_offsets_without_a_zone_go_on_with_the_last(tmp_path, forecaster, filler
     assert written(tmp_path / "filled.csv")["timestamp"].tolist() == [str(time) for time in times]
 
 
+def test_items_of_unlike_zones_keep_theirs(tmp_path, forecaster):
+    zones = {"tokyo": "+09:00", "berlin": "+01:00", "nowhere": "UTC"}
+    times = {name: pd.date_range("2024-01-01", periods=40, freq="D", tz=zone) for name, zone in zones.items()}
+    data = read_dataset(table(tmp_path / "data.csv", **times))
+    forecasts = list(forecaster.predict(data))
+    write_forecasts(forecasts, tmp_path / "out.csv")
+    assert written(tmp_path / "out.csv")["timestamp"].tolist() == [
+        f"2024-02-{day} 00:00:00{offset}" for offset in ("+09:00", "+01:00", "+00:00") for day in (10, 11, 12)
+    ]
+    # A column of Parquet has one zone.
+    write_forecasts(forecasts, tmp_path / "out.parquet")
+    stamps = pd.read_parquet(tmp_path / "out.parquet")["timestamp"]
+    assert str(stamps.dt.tz) == "UTC"
+    assert stamps.tolist() == [pd.Timestamp(text) for text in written(tmp_path / "out.csv")["timestamp"]]
+
+
+def test_hours_of_a_pandas_dataset_go_over_a_change_of_clocks(tmp_path, forecaster):
+    times = pd.date_range("2024-10-26 00:17", periods=50, freq="h", tz="Europe/Berlin")
+    dataset = PandasDataset(pd.DataFrame({"target": series(times)}, index=times), freq="h")
+    [forecast] = forecaster.predict(dataset)
+    forecast.item_id = "a"
+    write_forecasts([forecast], tmp_path / "out.csv")
+    assert written(tmp_path / "out.csv")["timestamp"].tolist() == [
+        f"2024-10-28 0{hour}:17:00+01:00" for hour in (1, 2, 3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("start", "freq", "first"),
+    [
+        ("2020-01-31", "M", "2023-02-28"),
+        ("2020-01-31 18:00", "ME", "2023-02-28 18:00:00"),
+        ("2020-01-01", "M", "2023-02-01"),
+        ("2024-01-03", "W", "2024-09-18"),
+        ("2024-01-01 12:00", "D", "2024-02-07 12:00:00"),
+        ("2024-01-01T00:00:00+09:00", "D", "2024-02-07 00:00:00+09:00"),
+    ],
+)
+def test_a_gluonts_folder_goes_on_from_its_starts(tmp_path, start, freq, first):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "metadata.json").write_text(json.dumps({"freq": freq}))
+    entry = {"start": start, "target": series(np.arange(37)).tolist(), "item_id": 5}
+    (tmp_path / "set" / "data.json").write_text(json.dumps(entry))
+    model = ["--checkpoint", "bolt-nano", "--horizon", "3", "--device", "cpu"]
+    run = CliRunner().invoke(cli.app, ["forecast", str(tmp_path / "set"), *model, "--out", str(tmp_path / "out.csv")])
+    assert run.exit_code == 0, run.output
+    out = written(tmp_path / "out.csv")
+    assert out["timestamp"].tolist()[0] == first
+    assert out["item_id"].tolist() == [5, 5, 5]
+
+
 def test_a_pandas_dataset_keeps_zone_and_phase(tmp_path, forecaster, filler):
     times = zoned("2024-05-08 12:00", "D", "Asia/Tokyo")
     dataset = PandasDataset({"a": pd.DataFrame({"target": series(times)}, index=times)}, freq="D")
