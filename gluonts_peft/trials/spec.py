@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -99,6 +100,11 @@ class SpecError(ValueError):
         return type(self), (self.what, self.faults)
 
 
+def _names(annotation: Any) -> list[str]:
+    """Return the names of the types in an annotation: that itself, or the members of a union."""
+    return [getattr(each, "__name__", str(each)) for each in (get_args(annotation) or (annotation,))]
+
+
 class _Spec(BaseModel):
     """Immutable, without unknown keys, and with readable errors."""
 
@@ -109,6 +115,15 @@ class _Spec(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise SpecError(type(self).__name__.removesuffix("Spec").lower(), _faults(type(self), error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not {"bool", "Any"} & set(
+            _names(cls.model_fields[str(info.field_name)].annotation)
+        ):
+            raise ValueError(f"{json.dumps(value)} is neither a number nor a name")
+        return value
 
     # Without this mark pydantic would call __init__ for nested specs too, and their faults would lose their path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
