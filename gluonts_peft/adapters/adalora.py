@@ -33,6 +33,9 @@ class AdaLora(PeftAdapter):
     def peft_config(self, backbone: Backbone) -> Any:
         if "total_step" in self.options:
             raise AdapterError("adapter 'adalora': option 'total_step' is known when training starts; leave it out")
+        start, end = (self.options.get(name, self.method.defaults[name]) for name in ("init_r", "target_r"))
+        if end > start:
+            raise AdapterError(f"adapter 'adalora': target_r {end} is above init_r {start}; ranks are only taken away")
         # PEFT wants a length now; prepare() puts in the real one.
         length = self.options.get("tinit", 0) + self.options.get("tfinal", 0) + 1
         options, self.options = self.options, {**self.options, "total_step": length}

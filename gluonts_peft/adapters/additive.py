@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +28,8 @@ from ..files import load_json
 from ..noise import without_noise
 from ..registry import unknown
 from .base import RECORD, Adapter, AdapterError, copy_into, read_adapter_record, unwrapped
-from .dense import make_dense
+from .dense import guard_norms, make_dense
+from .options import check_option, in_layers, matching, resolve_pattern, widest
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -57,7 +58,17 @@ ATTENTION = ("q", "k", "v", "o")
 
 # Extras train tensors that are not the adapter's: a hybrid with bitfit or head says that. The others are ours.
 _EXTRA = {"bias", "modules_to_save", "trainable_token_indices"}
-_OURS = _EXTRA | {"peft_type", "task_type", "inference_mode", "auto_mapping", "base_model_name_or_path", "revision"}
+_OURS = _EXTRA | {
+    "peft_type",
+    "peft_version",
+    "task_type",
+    "inference_mode",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+}
+_PATTERNS = {"rank_pattern", "alpha_pattern", "n_frequency_pattern", "block_size_pattern"}
+_NAMING = ("sites", "target_modules", "exclude_modules", "layers_to_transform")
 
 
 @dataclass(frozen=True)
@@ -171,13 +182,23 @@ class PeftAdapter(Adapter):
         self.learning_rate = method.learning_rate
         self.mergeable = method.mergeable
         self.innermost = method.innermost
-        known = self.known_options()
-        for option in options:
-            if option not in known:
+        known, defaults = self.known_options(), self._defaults()
+        for option, value in options.items():
+            if option not in known and option not in _EXTRA & defaults.keys():
                 raise AdapterError(f"adapter {self.name!r}: " + unknown("option", option, known))
+            if option not in self.own_options:
+                check_option(method.name, option, value, defaults.get(option))
         self._tuner: Any = None
+        self._meant: list[str] = []
         self._layers: list[Any] = []
         self._parameters: list[nn.Parameter] = []
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return what PEFT takes for options that are not given."""
+        return {
+            item.name: item.default if item.default_factory is MISSING else item.default_factory()
+            for item in fields(self.method.config_class())
+        }
 
     def known_options(self) -> set[str]:
         """Return the names of the options: PEFT's, the adapter's own, and ``sites``."""
@@ -206,25 +227,60 @@ class PeftAdapter(Adapter):
         method = self.method
         given = {name: value for name, value in self.options.items() if name not in self.own_options}
         options = {**method.defaults, **given}
-        if "target_modules" in options:
-            targets: Any = options.pop("target_modules")
-            options.pop("sites", None)
-        else:
-            sites = options.pop("sites", method.sites)
-            places = backbone.places(sites)
-            if method.feedforward and "sites" not in self.options:
-                feedforward = backbone.places(method.feedforward)
-                options.setdefault("feedforward_modules", list(feedforward))
-                places = (*places, *feedforward)
-            targets = list(places)
-            if method.divides is not None:
-                option, limit = method.divides
-                options.setdefault(option, _divisor(backbone, places, limit))
+        targets = self._targets(backbone, options)
+        modules = [backbone.network.get_submodule(name) for name in targets]
+        # A rank beyond the widest matrix only costs memory.
+        limit = max(widest(modules), 1024)
+        for option in ("r", "init_r", "target_r"):
+            if options.get(option, 0) > limit:
+                raise AdapterError(
+                    f"adapter {self.name!r}: {option} {options[option]} is beyond {limit}; take a lower rank"
+                )
+        if method.divides is not None and self.options.get("target_modules") is None:
+            option, most = method.divides
+            # OFT takes the number of blocks, r, or their size.
+            options.setdefault(option, 0 if method.name == "oft" and options.get("r") else _divisor(modules, most))
+        for option in _PATTERNS & options.keys():
+            # LoRA and WaveFT take keys for expressions, the others look up full names as well.
+            whole = option in ("n_frequency_pattern", "block_size_pattern") and method.name != "waveft"
+            told = f"adapter {self.name!r}: {option}"
+            options[option] = resolve_pattern(options[option], targets, told, whole=whole)
         try:
             with without_noise("peft"):
                 return method.config_class()(target_modules=targets, base_model_name_or_path=_base(backbone), **options)
-        except (ValueError, TypeError) as error:
+        except Exception as error:
             raise AdapterError(f"adapter {self!r} is refused by PEFT: {error}") from error
+
+    def _targets(self, backbone: Backbone, options: dict[str, Any]) -> list[str]:
+        """Take what names modules out of some options, and return the full names of those to adapt."""
+        method, told = self.method, f"adapter {self.name!r}"
+        everything = _places(backbone.network)
+        sites = options.pop("sites", None)
+        if (given := options.pop("target_modules", None)) is None:
+            wanted = method.sites if sites is None else sites
+            targets = list(backbone.places(wanted))
+            if method.feedforward and sites is None:
+                feedforward = list(backbone.places(method.feedforward))
+                options.setdefault("feedforward_modules", feedforward)
+                targets += [name for name in feedforward if name not in targets]
+        elif given == "all-linear":
+            ends = set(backbone.sites().get("head", ()))
+            linear = [name for name in everything if isinstance(backbone.network.get_submodule(name), nn.Linear)]
+            targets = [name for name in linear if name not in ends]
+        else:
+            targets = matching(given, everything, f"{told}: target_modules")
+        if (left_out := options.pop("exclude_modules", None)) is not None:
+            excluded = set(matching(left_out, everything, f"{told}: exclude_modules"))
+            targets = [name for name in targets if name not in excluded]
+        if (layers := options.pop("layers_to_transform", None)) is not None:
+            targets = in_layers(targets, layers)
+        if options.get("feedforward_modules") is not None:
+            feedforward = matching(options["feedforward_modules"], targets, f"{told}: feedforward_modules")
+            options["feedforward_modules"] = feedforward
+        if not targets:
+            named = {name: self.options[name] for name in _NAMING if name in self.options}
+            raise AdapterError(f"{told}: {named} name no module of {backbone!r}")
+        return targets
 
     def _attach(self, backbone: Backbone) -> None:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -232,6 +288,7 @@ class PeftAdapter(Adapter):
 
         network = backbone.network
         config = self.peft_config(backbone)
+        self._meant = sorted(config.target_modules)
         known = {id(parameter) for parameter in network.parameters()} | {id(module) for module in network.modules()}
         # Each part of a hybrid keeps a configuration of its own; PEFT would merge them through the network.
         _forget_config(network)
@@ -244,9 +301,20 @@ class PeftAdapter(Adapter):
             raise AdapterError(f"adapter {self!r} cannot be attached to {backbone!r}: {reason}") from error
         self._layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer) and id(m) not in known]
         self._parameters = [p for p in network.parameters() if id(p) not in known and p.requires_grad]
-        if self.method.dense:
-            for layer in self._layers:
+        self._check_places(network)
+        for layer in self._layers:
+            guard_norms(layer)
+            if self.method.dense:
                 make_dense(layer)
+
+    def _check_places(self, network: nn.Module) -> None:
+        """Refuse if PEFT has adapted other modules than were meant, whose names end alike."""
+        mine = {id(layer) for layer in self._layers}
+        found = {name for name, module in network.named_modules() if id(module) in mine}
+        if surplus := {unwrapped(f"{name}.")[:-1] for name in found} - set(self._meant):
+            raise AdapterError(
+                f"adapter {self!r} would adapt {min(surplus)!r} as well, whose name ends like another that is meant"
+            )
 
     def _detach(self, backbone: Backbone) -> None:
         self._unwrap(backbone)
@@ -345,9 +413,24 @@ def _forget_config(network: nn.Module) -> None:
         del network.peft_config
 
 
-def _divisor(backbone: Backbone, places: tuple[str, ...], limit: int) -> int:
+def _places(network: nn.Module) -> list[str]:
+    """Return the names of the modules of the base, also where other adapters have wrapped them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found: list[str] = []
+    wrapped: tuple[str, ...] = ()
+    for name, module in network.named_modules():
+        if not name or name.startswith(wrapped or "."):
+            continue
+        found.append(name)
+        if isinstance(module, BaseTunerLayer):
+            wrapped = (*wrapped, f"{name}.")
+    return found
+
+
+def _divisor(modules: list[nn.Module], limit: int) -> int:
     """Return the largest number up to ``limit`` that divides every width of some linear layers."""
-    widths = [n for place in places for n in backbone.network.get_submodule(place).weight.shape]  # type: ignore
+    widths = [n for module in modules if isinstance(module.weight, Tensor) for n in module.weight.shape]
     common = math.gcd(*widths)
     return max(n for n in range(1, limit + 1) if common % n == 0)
 
@@ -380,11 +463,15 @@ def from_peft(folder: Path, backbone: Backbone) -> Adapter:
     length = {"total_step": 1} if hasattr(config, "total_step") else {}
     plain = method.config_class()(**length)
     options = {}
+    always = {*method.defaults, *(method.divides or ())[:1]}
     for item in fields(config):
         value = getattr(config, item.name)
+        if (item.name, value) == ("init_lora_weights", "eva"):
+            # How an adapter started is of no matter once it is trained, if the base stayed what it was.
+            continue
         if item.name in _OURS - _EXTRA or item.name in length:
             continue
         # An extra that is in use goes on, to be refused by name.
-        if value != getattr(plain, item.name) or item.name in method.defaults:
+        if value != getattr(plain, item.name) or item.name in always:
             options[item.name] = sorted(value) if isinstance(value, set) else value
     return method(**options)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["c3a_delta", "dora_weight", "fourier_delta", "make_dense", "vera_delta", "waveft_delta"]
+__all__ = ["c3a_delta", "dora_weight", "fourier_delta", "guard_norms", "make_dense", "vera_delta", "waveft_delta"]
 
 
 def make_dense(layer: Any) -> None:
@@ -90,10 +90,29 @@ def dora_weight(layer: Any, base: nn.Linear) -> Tensor:
     """Return DoRA's changed weight, ``m V / |V|`` with ``V = W + (alpha/r) B A`` and the norm taken as a constant."""
     delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     direction = base.weight + layer.scaling["default"] * delta
-    norm = torch.linalg.vector_norm(direction.detach(), dim=1)
+    norm = _nonzero(torch.linalg.vector_norm(direction.detach(), dim=1))
     magnitude = layer.lora_magnitude_vector["default"].weight
     weight: Tensor = (magnitude / norm)[:, None] * direction
     return weight
+
+
+def _nonzero(norm: Tensor) -> Tensor:
+    """Return norms with 1 in place of 0: a row of zeros, whose magnitude is zero, then stays zero instead of 0 / 0."""
+    return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+class _Norm:
+    """Mixed into the part of a DoRA layer of PEFT that divides by norms."""
+
+    def get_weight_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        return _nonzero(super().get_weight_norm(*args, **kwargs))  # type: ignore[misc]
+
+
+def guard_norms(layer: Any) -> None:
+    """Let rows of zeros stay zero in a DoRA layer of PEFT, in its own forward pass and in merging."""
+    for part in getattr(layer, "lora_magnitude_vector", {}).values():
+        kind = type(part)
+        part.__class__ = type(kind.__name__, (_Norm, kind), {"__module__": kind.__module__})
 
 
 def c3a_delta(layer: Any) -> Tensor:
