@@ -186,7 +186,8 @@ class PeftAdapter(Adapter):
         for option, value in options.items():
             if option not in known and option not in _EXTRA & defaults.keys():
                 raise AdapterError(f"adapter {self.name!r}: " + unknown("option", option, known))
-            if option not in self.own_options:
+            # The backbone knows its sites.
+            if option not in self.own_options and option != "sites":
                 check_option(method.name, option, value, defaults.get(option))
         self._tuner: Any = None
         self._meant: list[str] = []
@@ -240,7 +241,7 @@ class PeftAdapter(Adapter):
             option, most = method.divides
             # OFT takes the number of blocks, r, or their size.
             options.setdefault(option, 0 if method.name == "oft" and options.get("r") else _divisor(modules, most))
-        for option in _PATTERNS & options.keys():
+        for option in sorted(name for name in _PATTERNS if options.get(name)):
             # LoRA and WaveFT take keys for expressions, the others look up full names as well.
             whole = option in ("n_frequency_pattern", "block_size_pattern") and method.name != "waveft"
             told = f"adapter {self.name!r}: {option}"
@@ -255,14 +256,10 @@ class PeftAdapter(Adapter):
         """Take what names modules out of some options, and return the full names of those to adapt."""
         method, told = self.method, f"adapter {self.name!r}"
         everything = _places(backbone.network)
-        sites = options.pop("sites", None)
+        chosen = "sites" in options
+        sites = options.pop("sites", method.sites)
         if (given := options.pop("target_modules", None)) is None:
-            wanted = method.sites if sites is None else sites
-            targets = list(backbone.places(wanted))
-            if method.feedforward and sites is None:
-                feedforward = list(backbone.places(method.feedforward))
-                options.setdefault("feedforward_modules", feedforward)
-                targets += [name for name in feedforward if name not in targets]
+            targets = list(backbone.places(sites if chosen else (*sites, *method.feedforward)))
         elif given == "all-linear":
             ends = set(backbone.sites().get("head", ()))
             linear = [name for name in everything if isinstance(backbone.network.get_submodule(name), nn.Linear)]
@@ -270,13 +267,18 @@ class PeftAdapter(Adapter):
         else:
             targets = matching(given, everything, f"{told}: target_modules")
         if (left_out := options.pop("exclude_modules", None)) is not None:
-            excluded = set(matching(left_out, everything, f"{told}: exclude_modules"))
+            excluded = set(matching(left_out, targets, f"{told}: exclude_modules"))
+            if not excluded:
+                raise AdapterError(f"{told}: exclude_modules {left_out!r} names none of the {len(targets)} modules")
             targets = [name for name in targets if name not in excluded]
         if (layers := options.pop("layers_to_transform", None)) is not None:
             targets = in_layers(targets, layers)
-        if options.get("feedforward_modules") is not None:
-            feedforward = matching(options["feedforward_modules"], targets, f"{told}: feedforward_modules")
-            options["feedforward_modules"] = feedforward
+        if method.feedforward:
+            inner = options.get("feedforward_modules")
+            if inner is None:
+                own = {name for kind in method.feedforward for name in backbone.sites().get(kind, ())}
+                inner = [name for name in targets if name in own]
+            options["feedforward_modules"] = matching(inner, targets, f"{told}: feedforward_modules")
         if not targets:
             named = {name: self.options[name] for name in _NAMING if name in self.options}
             raise AdapterError(f"{told}: {named} name no module of {backbone!r}")
@@ -450,7 +452,7 @@ def from_peft(folder: Path, backbone: Backbone) -> Adapter:
         if not isinstance(content := load_json(folder / "adapter_config.json"), dict):
             raise TypeError(f"it holds a {type(content).__name__}, not a mapping")
         config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except Exception as error:
         raise AdapterError(f"adapter_config.json in {str(folder)!r} cannot be read: {error}") from error
     rows = [method for method in TABLE if type(config) is method.config_class()]
     if not rows:
@@ -466,7 +468,7 @@ def from_peft(folder: Path, backbone: Backbone) -> Adapter:
     always = {*method.defaults, *(method.divides or ())[:1]}
     for item in fields(config):
         value = getattr(config, item.name)
-        if (item.name, value) == ("init_lora_weights", "eva"):
+        if getattr(config, "init_lora_weights", None) == "eva" and item.name in ("init_lora_weights", "eva_config"):
             # How an adapter started is of no matter once it is trained, if the base stayed what it was.
             continue
         if item.name in _OURS - _EXTRA or item.name in length:

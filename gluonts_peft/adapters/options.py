@@ -72,10 +72,6 @@ def _names(value: Any) -> str | None:
     return None if fits and all(isinstance(each, str) and each for each in value) else "a list of names of modules"
 
 
-def _kinds(value: Any) -> str | None:
-    return None if _names(value) is None else "a kind of site or a list of them"
-
-
 def _layers(value: Any) -> str | None:
     rule = _whole(0)
     listed = value if isinstance(value, list | tuple) and value else [value]
@@ -139,7 +135,6 @@ _RULES: dict[str, Rule] = {
     "init_ia3_weights": _flag,
     "init_lora_weights": _one_of(*_STARTS),
     "wavelet_family": lambda value: _one_of(*_wavelets())(value),
-    "sites": _kinds,
     "target_modules": _names,
     "exclude_modules": _names,
     "feedforward_modules": _names,
@@ -153,6 +148,10 @@ _RULES: dict[str, Rule] = {
 # Where one name means something else to a method.
 _OWN_RULES: dict[tuple[str, str], Rule] = {
     ("oft", "r"): _whole(0),
+    # Reflections come in pairs that undo each other at the start.
+    ("hra", "r"): lambda value: (
+        _RANK(value) or (None if value % 2 == 0 else "even; an odd one starts away from the base")
+    ),
     ("miss", "init_weights"): _one_of(True, False, "bat", "mini"),
     ("c3a", "init_weights"): _one_of(True, False, "gaussian", "kaiming_uniform", "xavier_uniform"),
     # PEFT takes every text for true here.

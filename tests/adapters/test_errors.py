@@ -181,11 +181,16 @@ def assert_untouched(backbone: Backbone) -> None:
 @pytest.mark.parametrize(
     ("spec", "start"),
     [
-        ({"name": "lora", "r": -2}, "adapter lora(r=-2) cannot be attached to T5Backbone('t5-nano', "),
-        ({"name": "lora", "target_modules": ["abc"]}, "adapter lora(target_modules=['abc']) cannot be attached to "),
+        (
+            {"name": "lora", "target_modules": ["abc"]},
+            "adapter 'lora': {'target_modules': ['abc']} name no module of ",
+        ),
         ({"name": "fourierft", "n_frequency": 10**9}, "adapter fourierft(n_frequency=1000000000) cannot be attached"),
-        (["bitfit", {"name": "lora", "r": 0}], "adapter lora(r=0) cannot be attached to T5Backbone('t5-nano', "),
-        (["lora", {"name": "ia3", "target_modules": ["x"]}], "adapter ia3(target_modules=['x']) "),
+        (
+            ["bitfit", {"name": "lora", "sites": ["norm"]}],
+            "adapter lora(sites=['norm']) cannot be attached to T5Backbone",
+        ),
+        (["lora", {"name": "ia3", "target_modules": ["x"]}], "adapter 'ia3': {'target_modules': ['x']} name no module"),
     ],
     ids=str,
 )
