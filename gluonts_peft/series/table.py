@@ -168,6 +168,11 @@ def read_dataset(
     ('h', [1.0, 2.0, nan, 4.0])
     """
     path = Path(path)
+    optional = dict(freq=freq, item_id=item_id, date_format=date_format)
+    needed = dict(timestamp=timestamp, target=target, sep=sep, decimal=decimal, encoding=encoding)
+    for name, value in {**optional, **needed}.items():
+        if not (isinstance(value, str) or value is None and name in optional):
+            raise ValueError(f"{name} {value!r} is a {type(value).__name__}; give text, such as freq='h'")
     written = TableFormat(sep, decimal, date_format, encoding).checked()
     if not path.exists():
         raise ValueError(f"path '{path}' does not exist; give a table ({', '.join(TABLES)}) or a GluonTS folder")

@@ -85,7 +85,8 @@ def tables(number: int, generator: np.random.Generator, folder: Path) -> str:
         content = path.read_bytes()
         if way == "gzip":
             path = folder / "table.csv.gz"
-            content = gzip.compress(content)[: int(generator.integers(1, 400))]
+            whole = gzip.compress(content)
+            content = whole[: int(generator.integers(1, min(400, len(whole))))]
         else:
             content = bytearray(content)
             for _ in range(int(generator.integers(1, 6))):

@@ -179,6 +179,9 @@ def test_day_and_month_are_told_not_guessed(tmp_path, text, date_format, expecte
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
+        ("freq", [], "freq [] is a list; give text"),
+        ("freq", {"a": 1}, "freq {'a': 1} is a dict; give text"),
+        ("target", None, "target None is a NoneType; give text"),
         ("sep", ";;", "sep ';;' is not one character"),
         ("decimal", ",", "decimal ',' is not one mark other than sep ','"),
         ("encoding", "klingon", "encoding 'klingon' is unknown"),
