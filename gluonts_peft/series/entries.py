@@ -348,6 +348,9 @@ class _Pass:
         target, given = as_array(raw), entry
         if target is not raw and raw is not None:
             entry = {**entry, "target": target}
+        if self.door.features:
+            masked = {name: entry[name] for name in FEATURES if isinstance(entry.get(name), np.ma.MaskedArray)}
+            entry = {**entry, **{name: as_array(value) for name, value in masked.items()}} if masked else entry
         if position == 0:
             self._begin(given, name)
         wanted = 1 if self.layout.dimensions is None else 2
@@ -540,6 +543,6 @@ def _has_values(field: Any, value: Any, steps: int) -> bool:
     """Whether a field looks as if it was to be used: by its name, or as numbers over time."""
     if value is None:
         return False
-    if isinstance(field, str) and "feat_" in field:
+    if isinstance(field, str) and ("feat_" in field or "covariate" in field):
         return bool(np.size(value))
     return isinstance(value, np.ndarray | list | tuple) and np.shape(value)[-1:] >= (max(steps, 1),) and _real(value)

@@ -294,6 +294,12 @@ def test_masked_and_nullable_values_are_missing_and_nothing_else() -> None:
         [found] = zero_shot().predict([entry(target=given_values)])
         np.testing.assert_array_equal(found.forecast_array, expected.forecast_array)
     assert as_array(np.ma.array([1, 2], mask=[False, True])).tolist()[0] == 1.0
+    features = np.where(np.arange(166) < 40, NAN, 1.0)[None]
+    hidden = np.ma.masked_invalid(features)
+    hidden.data[:, :40] = 999.0
+    one, other = ([entry(feat_dynamic_real=each)] for each in (features, hidden))
+    [expected], [found] = (with_features().predict(data) for data in (one, other))
+    np.testing.assert_array_equal(found.forecast_array, expected.forecast_array)
 
 
 FEATURES = np.ones((2, 166), np.float32)
@@ -349,6 +355,7 @@ def test_features_are_complete_or_refused_by_name(
         ({"feat_static_cat": [3], "feat_static_real": [1.0, 2.0]}, "feat_static_cat, feat_static_real"),
         ({"past_feat_dynamic_real": FEATURES}, "past_feat_dynamic_real"),
         ({"promo": np.ones(160)}, "promo"),
+        ({"past_covariates": {"promo": np.ones(160)}}, "past_covariates"),
         ({"holiday": [0] * 166, "info": {"x": 1}, "source": "file", "unit": "mmHg"}, "holiday"),
     ],
 )
