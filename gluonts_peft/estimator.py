@@ -210,6 +210,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.folder = None if folder is None else Path(folder)
         self.backbone_options = dict(backbone_options or {})
         self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
+        if self.tasks is not None and "cache" in wanted.alone and wanted.options.get("cache"):
+            raise ValueError(
+                f"adapter {wanted!r}: option 'cache' has no effect with tasks, which look at more than the features;"
+                " leave it out"
+            )
         self.progress = progress
         self.trainer_kwargs = dict(trainer_kwargs or {})
         check_trainer_kwargs(self.trainer_kwargs)
@@ -283,6 +288,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         from .imputation import require_reconstruct
 
         resolve_precision(self.options.precision, resolve_device(self.options.device))
+        self.skipped = {}
         backbone = self.load_backbone()
         if self.tasks is not None and self.tasks.history:
             require_reconstruct(backbone)

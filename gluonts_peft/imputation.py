@@ -158,6 +158,7 @@ def train_reconstruction(
     TuningDidNotHelp
         If the estimator has ``gate="raise"`` and tuning did not beat zero-shot.
     """
+    estimator.skipped = {}
     backbone = estimator.load_backbone()
     require_reconstruct(backbone)
     if not 0.0 < held_out < 1.0:

@@ -161,4 +161,7 @@ def test_options_of_a_head_alone_are_refused_beside_others(option: str, value: A
     with pytest.raises(AdapterError, match=rf"option '{option}' is for training alone, and beside .* leave it out$"):
         make_estimator(adapter=[*others, head])
     make_estimator(adapter=head)
+    if option == "cache":
+        with pytest.raises(ValueError, match="option 'cache' has no effect with tasks"):
+            make_estimator(adapter=head, tasks=[{}])
     make_estimator(adapter=[*others, {"name": "head", "kind": "pooling", "cache": False, "windows": None}])

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from ..windows import SeriesStore
+from .calendar import step_of
 
 __all__ = ["held_back"]
 
@@ -48,7 +48,7 @@ def held_back(
         by_name[_key(name, other)].append(other)
         by_ends[_ends(validation, other)].append(other)
     # Ordinals of periods of 5 minutes count minutes.
-    step = 1 if training.freq is None else int(pd.Period("2000-01-01", freq=training.freq).freq.n)
+    step = 1 if training.freq is None else step_of(training.freq)
     for own, name in enumerate(names[0]):
         mine = training.series(own)
         for other in {*by_name.get(_key(name, own), ()), *by_ends.get(_ends(training, own), ())}:

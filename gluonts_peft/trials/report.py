@@ -295,6 +295,16 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
     )
     if counts:
         notes.append(f"Scored: {'; '.join(counts)}.")
+    unused = sorted(
+        {
+            f"{count} {part} series of {result.spec.data.vital or 'all series'}"
+            for result in finished
+            for part in ("training", "validation")
+            if (count := result.counts.get(f"{part}_skipped"))
+        }
+    )
+    if unused:
+        notes.append(f"Without a window to train or validate on, and left out: {'; '.join(unused)}.")
     notes.append(
         "± is the spread over seeds on the same test windows: how much the luck of training matters, not what other"
         " series would give. All scores are of the tuned model, whatever the gate said; s is the time of training"

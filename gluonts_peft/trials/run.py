@@ -397,7 +397,7 @@ def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[P
 
 def _skipped_counts(estimator: PeftEstimator) -> dict[str, int]:
     """Return how many series of each part the estimator left out, as it had no window in them."""
-    return {f"skipped_in_{name}": count for name, count in estimator.skipped.items()}
+    return {f"{name}_skipped": count for name, count in estimator.skipped.items()}
 
 
 def _training_facts(predictor: PeftPredictor) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gluonts.model.predictor import Predictor
 from gluonts_peft import PeftPredictor, backtest
 from gluonts_peft.backtesting import SeasonalNaive
 from gluonts_peft.estimator import PeftEstimator
+from gluonts_peft.series.entries import UnusableWarning
 from gluonts_peft.trials import DataSpec, TrialSpec, load_data, run_trial
 from gluonts_peft.trials.run import windows_file
 from gluonts_peft.vitals import load_hourly, patient_of
@@ -438,3 +440,24 @@ def test_series_in_which_the_model_would_see_nothing_are_left_out_for_all(tmp_pa
     last = run_trial(spec("none", family="baseline", checkpoint="last_value", **changes), tmp_path / "last")
     for result in (zero_shot, last):
         assert (result.counts["series"], result.counts["skipped_nothing_seen"]) == (1, 1)
+
+
+def test_series_of_no_use_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    stamps = pd.date_range("2024-01-01", periods=80, freq="h")
+    rng = np.random.default_rng(0)
+    parts = [
+        pd.DataFrame({"item_id": f"s{i}", "timestamp": stamps[-steps:], "target": rng.normal(size=steps)})
+        for i, steps in enumerate([80] * 16 + [9] * 4)
+    ]
+    pd.concat(parts).to_csv(path, index=False)
+    data = {"source": "file", "path": str(path), "fractions": (0.5, 0.2, 0.3), "windows": 1, "split_seed": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnusableWarning)
+        result = run_trial(spec(data=data), tmp_path / "trial")
+    short = {f"s{i}" for i in range(16, 20)}
+    found = load_data(spec(data=data).data)
+    for name, part in (("training", found.train), ("validation", found.validation)):
+        assert result.counts[f"{name}_skipped"] == sum(each["item_id"] in short for each in part)
+    assert result.counts["skipped_too_short"] == sum(each["item_id"] in short for each in found.test)
+    assert sum(result.counts[key] for key in ("training_skipped", "validation_skipped", "skipped_too_short")) == 4
