@@ -80,10 +80,10 @@ class _Group(TyperGroup):
     """Turns what a verb raises into one line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        from .processes import Terminated, terminable
+        from .processes import Terminated, private_caches, terminable
 
         try:
-            with _one_line_warnings(), terminable():
+            with _one_line_warnings(), terminable(), private_caches():
                 return super().invoke(ctx)
         except Terminated as error:
             code, line = error.exit_code, f"terminated ({error}); {_remedy(ctx, error)}"

@@ -317,7 +317,10 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 faults.append(fault)
                 continue
             except (ValueError, TypeError) as error:
-                raise PredictorError(f"{error} (as {str(path / CONFIG)!r} says)") from error
+                fault = PredictorError(f"{error} (as {str(path / CONFIG)!r} says)")
+                fault.__cause__ = error
+                faults.append(fault)
+                continue
             if backbone.source.fingerprint == base.fingerprint:
                 break
             faults.append(

@@ -6,16 +6,19 @@ import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-__all__ = ["Terminated", "end_with_parent", "end_workers", "keeping_handler", "terminable"]
+__all__ = ["Terminated", "end_with_parent", "end_workers", "keeping_handler", "private_caches", "terminable"]
 
 _PR_SET_PDEATHSIG = 1
 # Systems that ask twice mean it once; after that a second request is one to end at once.
@@ -83,6 +86,30 @@ def keeping_handler(number: int) -> Iterator[None]:
     finally:
         if main and handler is not None:
             signal.signal(number, handler)
+
+
+@contextmanager
+def private_caches() -> Iterator[None]:
+    """Within the context libraries keep their caches in a folder that is deleted at the end, not in the user's home.
+
+    For programs of ours only: matplotlib looks for the user's settings there too. What the user has set, or a cache
+    that is there already, is used.
+    """
+    home = Path("~").expanduser()
+    theirs = any((home / place / "matplotlib").exists() for place in (".cache", ".config"))
+    wanted = {"MPLCONFIGDIR": "matplotlib", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}
+    names = [name for name in wanted if name not in os.environ and not (theirs and name == "MPLCONFIGDIR")]
+    if not names:
+        yield
+        return
+    folder = tempfile.mkdtemp(prefix="gluonts-peft-")
+    os.environ.update({name: os.path.join(folder, wanted[name]) for name in names})
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end_with_parent() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from gluonts.model.predictor import Predictor
 
 from gluonts_peft import PeftPredictor, get_estimator, list_families
 from gluonts_peft.adapters.base import AdapterError
+from gluonts_peft.backbone import load_backbone
 from gluonts_peft.predictor import PredictorError
 from gluonts_peft.training import Fit, Gate
 
@@ -768,3 +770,42 @@ def test_adapters_are_stored_as_safetensors_of_their_own_tensors(
     tensors = safetensors.torch.load_file(stored["bitfit"] / "adapter" / "adapter_model.safetensors")
     assert set(tensors) == set(trained["bitfit"].backbone.adapter.state_dict())
     assert sum(tensor.numel() for tensor in tensors.values()) == trained["bitfit"].backbone.adapter.num_parameters()
+
+
+def test_a_relative_base_is_found_from_elsewhere_and_after_a_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opens(folder: str | Path) -> bool:
+        found = PeftPredictor.deserialize(Path(folder), device="cpu")
+        return bool(np.array_equal(values_of(found), wanted))
+
+    bundled = get_estimator("chronos").backbone_class.bundled()
+    home = tmp_path / "home"
+    shutil.copytree(bundled["bolt-nano"], home / "bases" / "base")
+    monkeypatch.chdir(home)
+    backbone = load_backbone("chronos", prediction_length=6, checkpoint="bases/base")
+    monkeypatch.chdir(tmp_path)
+    predictor = PeftPredictor(backbone, device="cpu")
+    predictor.serialize(home / "models" / "m")
+    wanted = values_of(predictor)
+    record = json.loads((home / "models" / "m" / "predictor.json").read_text())
+    assert record["base"]["checkpoint"] == "bases/base"
+    assert record["base_places"] == {
+        "absolute": str(home / "bases" / "base"),
+        "relative": os.path.join("..", "..", "bases", "base"),
+    }
+    assert opens(home / "models" / "m")
+    home.rename(tmp_path / "moved")
+    assert opens(tmp_path / "moved" / "models" / "m")
+    monkeypatch.chdir(tmp_path / "moved")
+    assert opens("models/m")
+    # Another base at the name that was recorded is not taken for it.
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bundled["t5-nano"], tmp_path / "bases" / "base")
+    assert opens(tmp_path / "moved" / "models" / "m")
+    shutil.rmtree(tmp_path / "moved" / "bases")
+    with pytest.raises(PredictorError, match="exceeds the 256 steps that checkpoint 'bases/base' can see"):
+        opens(tmp_path / "moved" / "models" / "m")
+    shutil.rmtree(tmp_path / "bases")
+    with pytest.raises(PredictorError, match=r"cannot be loaded: checkpoint folder 'bases/base' does not exist;"):
+        opens(tmp_path / "moved" / "models" / "m")

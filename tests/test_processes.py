@@ -249,6 +249,32 @@ def test_workers_of_a_study_end_with_their_driver(tmp_path: Path) -> None:
         assert not any(map(alive, found)), f"workers outlive a driver that got {number.name}"
 
 
+def test_a_verb_leaves_nothing_in_the_home_folder_nor_in_the_one_for_temporary_files(tmp_path: Path) -> None:
+    home, temporary = tmp_path / "home", tmp_path / "temporary"
+    home.mkdir()
+    temporary.mkdir()
+    (tmp_path / "data.csv").write_text(
+        "timestamp,target\n" + "".join(f"2024-01-{day:02d},{day % 7}\n" for day in range(1, 31))
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    # Importing what trains is enough to fill the caches.
+    program = "from gluonts_peft import cli\n"
+    program += "real = cli._predictor\n"
+    program += "def _predictor(*given):\n    import gluonts_peft.training\n    return real(*given)\n"
+    program += "cli._predictor = _predictor; cli.main()"
+    result = subprocess.run(
+        [sys.executable, "-c", program, "forecast", "data.csv", "--item-id", "", "--horizon", "3", "--out", "f.csv"],
+        cwd=tmp_path,
+        env={**kept, "HOME": str(home), "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert list(home.rglob("*")) == list(temporary.rglob("*")) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "f.csv", "home", "temporary"]
+
+
 @pytest.fixture
 def _handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}

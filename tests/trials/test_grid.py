@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -326,6 +327,25 @@ def test_options_and_data_are_looked_at_before_anything_runs(tmp_path: Path, sta
 def test_an_estimate_leaves_no_folder_behind(tmp_path: Path) -> None:
     estimate(study(adapter=["none"]), tmp_path / "new" / "deep")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_is_finished_whatever_a_version_called_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that a version adds changes all hashes: results that do not have it are of its default."""
+    cells = study(adapter=["none"], seed=[0])
+    results = run_study(cells, tmp_path, progress=False)
+    shown = load_results(tmp_path)
+    for number, path in enumerate(sorted((tmp_path / "trials").iterdir())):
+        content = json.loads((path / "result.json").read_text())
+        del content["spec"]["ensemble"], content["spec"]["training"]["patience"], content["format"]
+        (path / "result.json").write_text(json.dumps(content))
+        path.rename(path.with_name(f"{number:064d}"))
+    monkeypatch.setattr(run_module, "run_trial", lambda *_, **__: pytest.fail("a finished trial was run again"))
+    assert run_study(cells, tmp_path, progress=False) == results
+    assert load_results(tmp_path) == shown
+    assert {result.status for result in results} == {"finished"}
+    assert {state for _, state in estimate(cells, tmp_path).cells} == {"finished"}
 
 
 def test_two_studies_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
