@@ -80,23 +80,23 @@ class _Group(TyperGroup):
     """Turns what a verb raises into one line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
-        from .processes import Terminated, private_caches, terminable
+        from .processes import Terminated, asked_to_end, private_caches, terminable
 
         try:
             with _one_line_warnings(), terminable(), private_caches():
                 return super().invoke(ctx)
-        except Terminated as error:
-            code, line = error.exit_code, f"terminated ({error}); {_remedy(ctx, error)}"
-        except KeyboardInterrupt:
-            code, line = 130, "interrupted"
-        except SystemExit as error:
-            # Lightning turns Ctrl-C into exit code 1.
-            if not isinstance(error.__context__, KeyboardInterrupt):
-                raise
-            code, line = 130, "interrupted"
-        except Exception as error:
+        except BaseException as error:
+            # Lightning turns Ctrl-C into exit code 1, and Ray's compiled code an interruption into an error.
+            asked = asked_to_end(error)
+            if isinstance(asked, Terminated):
+                _say(f"terminated ({asked}); {_remedy(ctx, error)}", stderr=True)
+                raise typer.Exit(asked.exit_code) from None
+            if asked is not None:
+                _say("interrupted", stderr=True)
+                raise typer.Exit(130) from None
             # Errors of the parser, and its exits, carry their own code; a closed pipe is nobody's fault.
-            if ctx.params["debug"] or hasattr(error, "exit_code") or isinstance(error, BrokenPipeError):
+            theirs = not isinstance(error, Exception) or hasattr(error, "exit_code")
+            if ctx.params["debug"] or theirs or isinstance(error, BrokenPipeError):
                 raise
             if isinstance(error, ValueError | OSError | ImportError):
                 code, line = 2, f"error: {error}"

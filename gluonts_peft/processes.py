@@ -18,7 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Terminated", "end_with_parent", "end_workers", "keeping_handler", "private_caches", "terminable"]
+__all__ = [
+    "Terminated",
+    "asked_to_end",
+    "end_with_parent",
+    "end_workers",
+    "keeping_handler",
+    "private_caches",
+    "terminable",
+]
 
 _PR_SET_PDEATHSIG = 1
 # Systems that ask twice mean it once; after that a second request is one to end at once.
@@ -45,6 +53,14 @@ class Terminated(BaseException):  # noqa: N818
     def exit_code(self) -> int:
         """What shells and schedulers expect: 143 for SIGTERM."""
         return 128 + self.number
+
+
+def asked_to_end(error: BaseException) -> BaseException | None:
+    """Return the interruption behind an error: compiled code, as Ray's, may put an error of its own in its place."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, Terminated | KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 @contextmanager
