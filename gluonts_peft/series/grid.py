@@ -50,8 +50,8 @@ _LEAST_OBSERVED = 0.5
 # Usual distances of stamps, in seconds.
 _USUAL = {"s": 1, "10s": 10, "30s": 30, "min": 60, "5min": 300, "10min": 600, "15min": 900, "30min": 1800, "h": 3600}
 _USUAL |= {"2h": 7200, "3h": 10800, "6h": 21600, "12h": 43200, "D": 86400, "W": 604800, "M": 2629746, "Q": 7889238}
-# So many rows, none at a weekend, are no accident: of any 15 days in a row four are weekends (our choice).
-_LEAST_BUSINESS = 15
+# So many rows of which none is at a weekend are no accident, nor are most of the weekdays of two weeks (our choice).
+_LEAST_BUSINESS, _MOST_BUSINESS = 15, 0.7
 
 
 @dataclass(frozen=True)
@@ -406,9 +406,13 @@ def _reconciled(rows: _Rows, regular: dict[str, int]) -> dict[str, int]:
 
 
 def _business(rows: _Rows) -> bool:
-    """Whether days are business days: none is at a weekend, of so many that it is no accident."""
-    weekends = np.diff(rows.walls // (7 * DAY))[rows.inside] > 0
-    return len(rows.codes) >= _LEAST_BUSINESS and int(weekends.sum()) > 1 and bool((_weekdays(rows.walls) < 5).all())
+    """Whether days are business days: none is at a weekend, and that is no accident."""
+    weekends = np.diff((rows.walls // DAY + 3) // 7)[rows.inside] > 0
+    if int(weekends.sum()) < 2 or not (_weekdays(rows.walls) < 5).all():
+        return False
+    days = rows.walls.view("M8[ns]").astype("M8[D]")
+    spans = np.busday_count(days[rows.firsts], days[rows.ends - 1]) + 1
+    return len(rows.codes) >= min(_LEAST_BUSINESS, _MOST_BUSINESS * int(spans.sum()))
 
 
 def _weekdays(walls: Integers) -> Integers:

@@ -308,6 +308,8 @@ def test_business_days_with_holidays_are_business_days(tmp_path):
         assert np.flatnonzero(np.isnan(entry["target"])).tolist() == [5, 17, 40]
     # A week without a weekend is no other frequency than the weeks of other items.
     assert freq_of(tmp_path, [*days[:5], *days[20:40]], ["a"] * 5 + ["b"] * 20) == {"B"}
+    # Two weeks with a holiday, and three days of a week, all short.
+    assert freq_of(tmp_path, days[:10].delete([3])) == {"B"}
     # A few days that happen to miss the weekend are days.
     assert freq_of(tmp_path, pd.to_datetime(["2024-01-01", "2024-01-02", "2024-01-05"])) == {"D"}
 
