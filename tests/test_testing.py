@@ -143,11 +143,13 @@ class BundlesNothing(Wrong, BoltBackbone):
 
 class OtherError(Wrong, BoltBackbone):
     @classmethod
-    def load_network(cls, folder: Path) -> nn.Module:
+    def from_checkpoint(cls, checkpoint: Any, **options: Any) -> Any:
         try:
-            return super().load_network(folder)
+            return super().from_checkpoint(checkpoint, **options)
         except CheckpointError as error:
-            raise RuntimeError(str(error)) from error
+            if Path(checkpoint).is_dir():
+                raise RuntimeError(str(error)) from error
+            raise
 
 
 class NewNetwork(Wrong, BoltBackbone):
