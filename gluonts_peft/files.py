@@ -40,6 +40,7 @@ __all__ = [
     "foreign",
     "load_json",
     "locked",
+    "machine",
     "opened",
     "parse_json",
     "parse_yaml",
@@ -251,7 +252,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if _is_left(left):
             left.unlink(missing_ok=True)
     # In the same folder, as a rename is atomic only within a file system.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}_{os.getpid()}_{_machine()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}_{os.getpid()}_{machine()}.partial")
     try:
         yield partial
         # What a rename puts in place must be on the disk before it.
@@ -272,7 +273,7 @@ def _escaped(name: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _machine() -> str:
+def machine() -> str:
     """Return what names the processes that this one can see: their numbers mean nothing elsewhere."""
     import socket
 
@@ -286,7 +287,7 @@ def _is_left(partial: Path) -> bool:
     """Whether the process that wrote an unfinished file is dead, or has not touched it for a day."""
     _, *owner = partial.name.removesuffix(".partial").rsplit("_", 2)
     try:
-        if len(owner) == 2 and owner[1] == _machine():
+        if len(owner) == 2 and owner[1] == machine():
             os.kill(int(owner[0]), 0)
         return time.time() - partial.stat().st_mtime > _FORGOTTEN
     except ProcessLookupError:

@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from .files import machine
 
 __all__ = [
     "Terminated",
@@ -25,6 +27,7 @@ __all__ = [
     "end_workers",
     "keeping_handler",
     "private_caches",
+    "scratch",
     "terminable",
 ]
 
@@ -105,6 +108,41 @@ def keeping_handler(number: int) -> Iterator[None]:
 
 
 @contextmanager
+def scratch(prefix: str, place: str | None = None) -> Iterator[Path]:
+    """Lend a folder for temporary files, and remove those that processes of this machine which were killed have left.
+
+    Parameters
+    ----------
+    prefix
+        Of its name, which is short: sockets may lie in it.
+    place
+        Where; by default in the system's folder for such.
+    """
+    me = f"{os.getpid()} {machine()}"
+    for owner in Path(place or tempfile.gettempdir()).glob(f"{prefix}????????/owner"):
+        with suppress(OSError, ValueError, OverflowError):
+            process, where = owner.read_text().split()
+            if where == machine() and not _exists(int(process)):
+                shutil.rmtree(owner.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=place))
+    (folder / "owner").write_text(me)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+@contextmanager
 def private_caches() -> Iterator[None]:
     """Within the context libraries keep their caches in a folder that is deleted at the end, not in the user's home.
 
@@ -118,14 +156,13 @@ def private_caches() -> Iterator[None]:
     if not names:
         yield
         return
-    folder = tempfile.mkdtemp(prefix="gluonts-peft-")
-    os.environ.update({name: os.path.join(folder, wanted[name]) for name in names})
-    try:
-        yield
-    finally:
-        for name in names:
-            os.environ.pop(name, None)
-        shutil.rmtree(folder, ignore_errors=True)
+    with scratch("gluonts-peft-") as folder:
+        os.environ.update({name: str(folder / wanted[name]) for name in names})
+        try:
+            yield
+        finally:
+            for name in names:
+                os.environ.pop(name, None)
 
 
 def end_with_parent() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from gluonts_peft.processes import Terminated, keeping_handler, terminable
+from gluonts_peft.files import machine
+from gluonts_peft.processes import Terminated, asked_to_end, keeping_handler, scratch, terminable
 
 # One process imports everything, and each case is a fork of it: importing takes longer than all the cases.
 FORKS = """
@@ -275,6 +276,19 @@ def test_a_verb_leaves_nothing_in_the_home_folder_nor_in_the_one_for_temporary_f
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "f.csv", "home", "temporary"]
 
 
+def test_temporary_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    with scratch("mine-", str(tmp_path)) as folder:
+        # No process has so large a number.
+        for name, owner in (("mine-dead0000", f"2000000000 {machine()}"), ("mine-other000", "2000000000 elsewhere")):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "owner").write_text(owner)
+        (tmp_path / "mine-notours0").mkdir()
+        with scratch("mine-", str(tmp_path)):
+            assert folder.exists()
+            assert not (tmp_path / "mine-dead0000").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine-notours0", "mine-other000"]
+
+
 @pytest.fixture
 def _handlers() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -312,3 +326,16 @@ def test_another_thread_touches_no_handler() -> None:
     thread.start()
     thread.join()
     assert found == [before]
+
+
+def test_an_interruption_is_found_behind_another_error() -> None:
+    def compiled() -> None:
+        try:
+            raise Terminated(signal.SIGTERM)
+        except Terminated as error:
+            raise SystemError("returned a result with an exception set") from error
+
+    with pytest.raises(SystemError) as caught:
+        compiled()
+    assert isinstance(asked_to_end(caught.value), Terminated)
+    assert asked_to_end(ValueError("wrong")) is None

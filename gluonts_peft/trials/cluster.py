@@ -13,7 +13,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
-from ..processes import keeping_handler
+from ..processes import keeping_handler, scratch
 from .spec import BASELINE, SpecError, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
@@ -119,15 +118,14 @@ def connected(address: str | None) -> Iterator[None]:
                 ray.shutdown()
             return
         # Sockets lie there, and their paths must be short.
-        folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
-        try:
-            # Ray's own handler would end the process with exit code 15.
-            with keeping_handler(signal.SIGTERM):
-                ray.init(include_dashboard=False, object_store_memory=200_000_000, _temp_dir=folder, **quiet)
-            yield
-        finally:
-            ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
+        with scratch("ray-", os.environ.get("RAY_TMPDIR")) as folder:
+            try:
+                # Ray's own handler would end the process with exit code 15.
+                with keeping_handler(signal.SIGTERM):
+                    ray.init(include_dashboard=False, object_store_memory=200_000_000, _temp_dir=str(folder), **quiet)
+                yield
+            finally:
+                ray.shutdown()
 
 
 def _knock(address: str) -> None:
