@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 LAST = "last.ckpt"
 # Between the adapter as it was attached and as an epoch leaves it: what may be handed over besides.
 _WEIGHTS = (0.75, 0.5, 0.25)
+# Of families whose forecasts take a pass a step.
+_FEW_WEIGHTS = (0.5,)
 
 
 class TuningDidNotHelp(UserWarning):  # noqa: N818
@@ -591,7 +593,9 @@ def fit(
             # Begun before there was a verdict: its first epochs were not judged, so it ends by the rule it began with.
             judge = before = None
             run.pop("verdict", None)
-        between = _WEIGHTS if interpolate and judge is not None and levels is None else ()
+        between: tuple[float, ...] = ()
+        if interpolate and judge is not None and levels is None:
+            between = _FEW_WEIGHTS if judge.sampled else _WEIGHTS
         keeper = _Keeper(adapter, path, run, options.patience, judge, between)
         callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
         if progress:

@@ -421,8 +421,8 @@ class Judge:
         How many units there are, and what they are.
     windows, left_out
         Windows that are scored, and those that have no scale.
-    forecasts, score_name
-        Whether a forecast is needed, and what is scored.
+    forecasts, sampled, score_name
+        Whether a forecast is needed, whether it is made of sample paths, and what is scored.
     """
 
     def __init__(
@@ -436,6 +436,7 @@ class Judge:
         self.parts: list[tuple[float, int | Loss]] = list(tasks or [(1.0, windows.windows.prediction_length)])
         self.joint = tasks is not None
         self.forecasts = any(isinstance(what, int) for _, what in self.parts)
+        self.sampled = False
         self.score_name = "score of all tasks" if len(self.parts) > 1 else _NAMES[self.forecasts]
         names = [store.item_ids[series] for series in windows.series]
         keys = [name.partition("/")[0] for name in names] if unit == "patients" else [str(s) for s in windows.series]
@@ -476,8 +477,8 @@ class Judge:
         """Score the model before tuning, which all others are compared with."""
         if self.forecasts:
             # Sample paths take a pass for each step, and a choice of fewer windows.
-            batch = self._read(slice(0, 1))
-            if self._forecast(backbone, batch).levels is None and len(self._keys) > MOST_SAMPLED:
+            self.sampled = self._forecast(backbone, self._read(slice(0, 1))).levels is None
+            if self.sampled and len(self._keys) > MOST_SAMPLED:
                 kept = _spread(self._keys, MOST_SAMPLED)
                 self._keys = [self._keys[position] for position in kept]
                 self._series, self._cuts, self._scales = self._series[kept], self._cuts[kept], self._scales[kept]

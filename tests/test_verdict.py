@@ -439,3 +439,8 @@ def test_families_that_sample_are_judged_by_fewer_windows_with_the_same_random_n
     found = judged.start(backbone)
     assert judged.units == 64
     assert np.array_equal(judged.score(backbone), found)
+
+
+def test_families_that_sample_have_fewer_weights() -> None:
+    predictor = make_estimator(checkpoint="t5-nano", max_epochs=1, learning_rate=1e-3).train(make_dataset(12))
+    assert predictor.verdict.weight in (0.5, 1.0)
