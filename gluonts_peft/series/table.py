@@ -309,12 +309,14 @@ def _refuse_wide(source: _Text | _Arrow, path: Path, wanted: dict[str, str], mis
     )
     shown = ", ".join(map(repr, values[:3])) + (", ..." if len(values) > 3 else "")
     index = ".reset_index()" if isinstance(source, _Arrow) and times[0] in source.indexed else ""
+    own = times[0] != wanted["timestamp"]
+    api, command = (f"timestamp={times[0]!r}, ", f"--timestamp {times[0]} ") if own else ("", "")
     renamed = f".rename(columns={{{times[0]!r}: 'timestamp'}})" if times[0] != "timestamp" else ""
     raise ValueError(
         f"'{path}' is a wide table, a column of time stamps ({times[0]!r}) and {len(values)} of numbers ({shown}), "
         f"where a long one is needed, with a row per series and time; melt it: pandas.{reader}({path.name!r}){index}"
         f".melt({times[0]!r}, var_name='item_id', value_name='target'){renamed}; or read one series: "
-        f"item_id=None, target={values[0]!r} (command line: --item-id '' --target {values[0]})"
+        f"item_id=None, {api}target={values[0]!r} (command line: --item-id '' {command}--target {values[0]})"
     )
 
 
