@@ -456,7 +456,8 @@ class Backbone(nn.Module, ABC):
         copy is in use it stays as it is, also if meanwhile the adapter is merged or exchanged. Training meanwhile, or
         loading weights into the adapter that is attached, is not foreseen.
 
-        Who changes anything of the network by hand that is neither a tensor nor a module, calls ``weights.forget()``.
+        Who changes anything else of the network by hand than its modules and tensors, or writes into ``tensor.data`` of
+        the base, calls ``weights.forget()``.
         """
         with self.weights.reading(self) as reader:
             yield reader  # type: ignore[misc]

@@ -280,6 +280,10 @@ class _Folded:
     def __init__(self, backbone: Backbone) -> None:
         self._key, self._kept = _key(backbone), _kept(backbone)
         self._outer = _attributes(backbone)
+        adapter = backbone.adapter
+        # Writing into `tensor.data` leaves no trace in the key: what was folded is compared number by number.
+        self._own = [] if adapter is None or adapter.folds() == [] else adapter.parameters()
+        self._numbers = _numbers(self._own)
         self.template = fold(backbone)
         self.free: deque[Backbone] = deque()
 
@@ -291,6 +295,7 @@ class _Folded:
                 outer.keys() == self._outer.keys()
                 and all(outer[name] is value for name, value in self._outer.items())
                 and _key(backbone) == self._key
+                and torch.equal(_numbers(self._own), self._numbers)
             )
         except RuntimeError:
             # Another thread changes the modules: it has the lock.
@@ -348,6 +353,11 @@ def _hooks(backbone: Backbone) -> dict[int, Any]:
 def _attributes(backbone: Backbone) -> dict[str, Any]:
     # Those that begin with an underscore are caches and torch's own.
     return {name: value for name, value in vars(backbone).items() if name[0] != "_" and name != "training"}
+
+
+def _numbers(tensors: list[nn.Parameter]) -> Tensor:
+    """Return all numbers of some tensors in a row, as a copy."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.empty(0)
 
 
 def _key(backbone: Backbone) -> list[int]:

@@ -223,6 +223,9 @@ def test_a_change_of_the_adapter_is_seen(tmp_path: Path) -> None:
     assert not np.array_equal(forecast(backbone), before)
     adapter.load(tmp_path)
     assert np.array_equal(forecast(backbone), before)
+    # Also one that torch does not count.
+    adapter.parameters()[0].data.mul_(-1.0)
+    assert not np.array_equal(forecast(backbone), before)
     # Also of what is no tensor.
     t5 = deepcopy(base("chronos", "t5-nano"))
     cold = forecast(t5)

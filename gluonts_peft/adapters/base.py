@@ -103,6 +103,9 @@ class Adapter(ABC):
     def attach(self, backbone: Backbone) -> Adapter:
         """Attach to a backbone: freeze the base and make the adapter's parameters trainable.
 
+        It happens as a whole or not at all. For a moment it takes memory for a second base: code that starts an adapter
+        never has the values of the base in hand, and what it changes of the copies is noticed.
+
         Returns
         -------
         Adapter
