@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+
+from ..files import check_regular
 from .spec import RESULT, SpecError, TrialResult, TrialSpec
 
-__all__ = ["trial_folder"]
+__all__ = ["read_scores", "trial_folder"]
 
 # Results that were looked at: path -> when it was written, and the hash of its spec today, if it is finished.
 _seen: dict[Path, tuple[int, str | None]] = {}
@@ -23,6 +26,24 @@ def trial_folder(folder: Path, trial: TrialSpec) -> Path:
     if (own / RESULT).exists():
         return own
     return next((path for path in _others(folder) if _finished(path / RESULT) == trial.hash()), own)
+
+
+def read_scores(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read the scores of a trial's windows.
+
+    Raises
+    ------
+    SpecError
+        If the file is damaged.
+    """
+    try:
+        check_regular(path)
+        return pd.read_parquet(path, columns=columns)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SpecError(
+            f"'{path}'", [f"it is damaged: {reason}; delete the result.json beside it to run the trial again"]
+        ) from error
 
 
 def _others(folder: Path) -> list[Path]:

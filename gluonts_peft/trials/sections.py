@@ -12,6 +12,7 @@ import pandas as pd
 
 from .figures import Curve
 from .grid import trial_folder
+from .identity import read_scores
 from .run import WINDOWS
 from .spec import BASELINE, TrialSpec, describe_adapter
 from .statistics import LEAST, LEVEL, compare, mean_ranks, patient_errors
@@ -227,7 +228,7 @@ def _changed_windows(rows: list[Row], folder: Path) -> Section | None:
     def errors(row: Row) -> pd.Series:
         paths = [trial_folder(folder, result.spec) / WINDOWS for result in row.finished]
         frames = [
-            pd.read_parquet(path).set_index(["item_id", "forecast_start"])[METRICS[JUDGE]]
+            read_scores(path).set_index(["item_id", "forecast_start"])[METRICS[JUDGE]]
             for path in paths
             if path.is_file()
         ]

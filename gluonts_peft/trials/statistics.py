@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..vitals import patient_of
 from .grid import trial_folder
+from .identity import read_scores
 from .run import windows_file
 from .spec import TrialResult
 
@@ -157,7 +158,7 @@ def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, na
         path = trial_folder(folder, result.spec) / windows_file(name)
         data = result.spec.also[name] if name else result.spec.data
         if path.is_file():
-            windows = pd.read_parquet(path, columns=["item_id", metric])
+            windows = read_scores(path, columns=["item_id", metric])
             items = windows["item_id"].astype(str)
             groups = items.map(patient_of) if data.group == "patient" else items
             columns.append(windows[metric].groupby(groups.to_numpy()).mean())

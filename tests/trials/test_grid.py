@@ -31,6 +31,7 @@ from gluonts_peft.trials import (
     write_report,
 )
 from gluonts_peft.trials import run as run_module
+from gluonts_peft.trials.identity import read_scores
 
 TRAINING = {"max_epochs": 1, "num_batches_per_epoch": 2, "batch_size": 4, "device": "cpu"}
 BASE = {
@@ -346,6 +347,18 @@ def test_a_trial_is_finished_whatever_a_version_called_its_folder(
     assert load_results(tmp_path) == shown
     assert {result.status for result in results} == {"finished"}
     assert {state for _, state in estimate(cells, tmp_path).cells} == {"finished"}
+
+
+def test_damaged_scores_of_windows_are_named(tmp_path: Path) -> None:
+    run_study(study(adapter=["none"], seed=[0]), tmp_path, progress=False)
+    path = min(tmp_path.glob("trials/*/windows.parquet"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SpecError, match=re.escape(f"'{path}' cannot be used: it is damaged: ")):
+        read_scores(path)
+    # A study that was killed as it began has left an unfinished file, and is no other's folder for that.
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / ".study.json.0123456789ab_1_00000000.partial").touch()
+    assert len(run_study(study(adapter=["none"], seed=[0]), tmp_path / "new", progress=False)) == 2
 
 
 def test_two_studies_at_once_in_one_folder_are_refused(tmp_path: Path) -> None:
