@@ -447,6 +447,12 @@ class TrialResult(_Spec):
     units: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_format(cls, values: Any) -> Any:
+        # As it is on disk, for whoever reads the file by herself.
+        return opened(values)
+
     def unit(self, name: str = "") -> str:
         """Return what was never divided in the trial's own data, or in further ones; see ``units``."""
         data = self.spec.also[name] if name else self.spec.data
@@ -501,6 +507,12 @@ class StudySpec(_Spec):
     grid: dict[str, list[Any]] = Field(default_factory=dict)
     baselines: tuple[Baseline, ...] = ()
     baseline_training: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_format(cls, values: Any) -> Any:
+        # As it is on disk, for whoever reads the file by herself.
+        return opened(values)
 
     @model_validator(mode="after")
     def _check(self) -> StudySpec:

@@ -384,7 +384,7 @@ def test_a_study_on_ray_gives_what_one_process_gives(nodes: Nodes, tmp_path: Pat
     nodes.fill()
     form = {
         "base": {**BASE, "training": {**BASE["training"], "max_epochs": 1, "num_batches_per_epoch": 2}},
-        "grid": {"adapter": ["none", "bitfit", {"name": "lora", "r": -1}]},
+        "grid": {"adapter": ["none", "bitfit", {"name": "c3a", "block_size": 7}]},
         "baselines": ["last_value"],
     }
     path, out = tmp_path / "study.yaml", tmp_path / "out"

@@ -42,7 +42,8 @@ BASE = {
     "training": TRAINING,
     "data": {"patients": 10, "hours": 8, "vital": "hr", "windows": 1},
 }
-BROKEN = {"name": "lora", "r": -1}
+# Accepted by itself, and no divisor of the widths of this model.
+BROKEN = {"name": "c3a", "block_size": 7}
 
 
 def study(**grid: Any) -> StudySpec:
@@ -87,7 +88,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path, monkeyp
     _, failed, zero_shot = run_study(cells, tmp_path, progress=False)
     assert (failed.status, zero_shot.status) == ("failed", "finished")
     assert failed.error is not None
-    assert failed.error.startswith("AdapterError: adapter lora(r=-1) ")
+    assert failed.error.startswith("AdapterError: adapter c3a(block_size=7) ")
     assert TrialResult.read(tmp_path / "trials" / failed.spec.hash()) == failed
     ran = []
     monkeypatch.setattr(grid, "_run", lambda trial, _: (ran.append(trial), failed)[1])

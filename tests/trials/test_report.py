@@ -245,7 +245,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         baselines=["seasonal_naive", "last_value"],
         grid={
             "data.vital": ["hr", "map"],
-            "adapter": ["none", "full", "lora", {"name": "lora", "r": -1}, ["layernorm", "lora"]],
+            "adapter": ["none", "full", "lora", {"name": "c3a", "block_size": 7}, ["layernorm", "lora"]],
         },
     )
     run_study(study, folder, progress=False)
@@ -297,7 +297,7 @@ def test_the_report_is_one_file_with_every_row(folder: Path) -> None:
         assert f"<td>{method}{state}</td>" in content
         if row["finished"]:
             assert f"{row['MAE']:.3f}" in content
-    assert "lora(r=-1) (1 failed)" in text
+    assert "c3a(block_size=7) (1 failed)" in text
     assert "AdapterError" in text
     assert "Missing: not run yet" in text
     for result in load_results(folder):
@@ -438,7 +438,7 @@ def test_the_tables_beside_it_hold_the_same(folder: Path) -> None:
         assert frame.loc[key, "MAE"] == pytest.approx(expected.loc[key, "MAE"], nan_ok=True)
     text = (folder / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# Vital <signs> (simulated data)\n")
-    assert "| lora(r=-1) (1 failed) |" in text
+    assert "| c3a(block_size=7) (1 failed) |" in text
     assert "| layernorm + lora (1 missing) |" in text
     assert re.search(r"- \*\*lora\*\*: MAE [\d.]+: ", text)
     assert "One seed cannot tell this from luck." in text
