@@ -370,7 +370,8 @@ def fit(
 ) -> None:
     """Tune a pretrained model on DATA and write a GluonTS predictor.
 
-    While it runs, its checkpoints are in OUT/training; after an interruption repeat the command with --resume.
+    While it runs, its checkpoints are in OUT/training; after an interruption repeat the command with --resume: that
+    ends at once where the run was finished after all.
     """
     _one_of("unusable", unusable, ("raise", "skip"))
     spec = _adapter(adapter)
@@ -379,6 +380,9 @@ def fit(
     _one_of("gate", gate, ("fallback", "raise", "keep"))
     _check_model(None, family, horizon, context)
     _check_names(None, spec)
+    if resume and _is_finished(out, family, checkpoint, horizon if task == "forecast" else None, spec):
+        # A run that is killed in its last moments, or is repeated by a scheduler, has nothing left to do.
+        return _say(f"--out {out} holds the finished predictor of this run: there is nothing to go on with")
     with _new_folder(out, resume) as training:
         # Before what takes long to import.
         dataset = columns.read(data)
@@ -430,6 +434,30 @@ def fit(
             ("predictor", f"{out} ({kind})"),
         ]
     )
+
+
+def _is_finished(out: Path, family: str, checkpoint: str | None, horizon: int | None, adapter: Any) -> bool:
+    """Whether a folder holds a whole predictor of these options, and no checkpoint of a training."""
+    from .files import load_json, opened
+
+    if not (out / _PREDICTOR[-1]).is_file() or (out / "training" / "last.ckpt").exists():
+        return False
+    try:
+        record = opened(load_json(out / "predictor.json"))
+        found = (record["family"], record["base"]["checkpoint"], record["prediction_length"], record["adapter"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # Whoever opens it says more.
+        return False
+    same = found[0] == family and checkpoint in (None, found[1]) and horizon in (None, found[2])
+    if not same or found[3] is None:
+        # Zero-shot was handed over, whatever had been tuned.
+        return same
+
+    from .registry import get_adapter
+
+    wanted = get_adapter(adapter).spec
+    # Where a checkpoint brings no head, one is trained along.
+    return found[3] in (wanted, [*(wanted if isinstance(wanted, list) else [wanted]), "head"])
 
 
 _PREDICTOR = ("adapter", "predictor.json", "gluonts-config.json")

@@ -322,9 +322,12 @@ def test_fit_refuses_a_folder_in_use_before_training(
 
     monkeypatch.setattr(PeftEstimator, "train", lambda *_, **__: pytest.fail("trained"))
     before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
-    for resume in ([], ["--resume"]):
+    for more in ([], ["--resume", "--adapter", "vera"], ["--resume", "--checkpoint", "t5-nano"]):
         sentence = f"--out {model} already holds a predictor; name another folder"
-        assert refused("fit", data, "--out", model, *SHORT, *resume) == sentence
+        assert refused("fit", data, "--out", model, *SHORT, *more) == sentence
+    # A scheduler repeats the command though the run had ended.
+    output = ok("fit", data, "--out", model, *SHORT, "--resume", "--adapter", '{"name": "lora", "r": 4}')
+    assert output.strip() == f"--out {model} holds the finished predictor of this run: there is nothing to go on with"
     assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
 
     (tmp_path / "training").mkdir()
