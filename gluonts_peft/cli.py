@@ -971,20 +971,20 @@ def search(
 @app.command(epilog=_example("show model"))
 def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved predictor or adapter.")]) -> None:
     """Say what a saved predictor or adapter is."""
-    from .adapters.base import RECORD
+    predictor, adapter = "predictor.json", "gluonts_peft.json"
+    file = next((folder / name for name in (predictor, adapter) if (folder / name).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"{str(folder)!r} holds neither a predictor ({predictor}) nor an adapter ({adapter})")
+
     from .files import NewerFormat, load_json, opened, typed
-    from .predictor import CONFIG
     from .training import Fit
 
-    file = next((folder / name for name in (CONFIG, RECORD) if (folder / name).is_file()), None)
-    if file is None:
-        raise FileNotFoundError(f"{str(folder)!r} holds neither a predictor ({CONFIG}) nor an adapter ({RECORD})")
     try:
         record = opened(load_json(file))
         base, run = record["base"], typed(Fit, record["fit"], "fit") if record.get("fit") else None
         lengths = [(name, record[name]) for name in ("prediction_length", "context_length") if name in record]
         facts = [
-            ("what", "predictor" if file.name == CONFIG else "adapter"),
+            ("what", "predictor" if file.name == predictor else "adapter"),
             ("family", base["family"]),
             ("base", f"{base['checkpoint']} ({base['kind']})"),
             ("revision", base["revision"] or "-"),

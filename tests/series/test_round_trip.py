@@ -307,6 +307,14 @@ def test_wrong_columns_files_and_options_cost_no_import_of_torch(tmp_path):
     calls += [["fit", str(path), "--horizon", "0", "--out", str(tmp_path / "m")]]
     calls += [["fit", str(path), "--horizon", "3", "--gate", "maybe", "--out", str(tmp_path / "m")]]
     calls += [["detect", str(path), "--method", "magic", "--calibration", "0.5", "--out", str(tmp_path / "d")]]
+    calls += [["show", str(tmp_path / "gone")]]
+    base = {"family": "chronos", "prediction_length": 3, "data": {"source": "file", "path": str(tmp_path / "gone.csv")}}
+    space = {"training.max_epochs": {"space": "choice", "categories": [1, 2]}}
+    for verb, more in (("study", {"grid": {"seed": [0, 1]}}), ("search", {"space": space, "num_samples": 1})):
+        spec = tmp_path / f"{verb}.yaml"
+        spec.write_text(json.dumps({"base": base, **more}))
+        calls += [[verb, str(spec), "--out", str(tmp_path / verb)], [verb, str(path), "--out", str(tmp_path / verb)]]
+        calls += [[verb, str(spec), "--out", str(tmp_path / verb), "--set", "bse.seed=1"]]
     code = (
         "import sys, json\nfrom typer.testing import CliRunner\nfrom gluonts_peft import cli\n"
         "for call in json.loads(sys.argv[1]):\n"
@@ -316,7 +324,7 @@ def test_wrong_columns_files_and_options_cost_no_import_of_torch(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, json.dumps(calls)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(Path(tmp_path).iterdir()) == [path]
+    assert sorted(Path(tmp_path).iterdir()) == [path, tmp_path / "search.yaml", tmp_path / "study.yaml"]
 
 
 def test_a_table_and_a_gluonts_file_begin_alike(tmp_path):
