@@ -85,6 +85,8 @@ ELSEWHERE = {
     "progress": "test_progress_is_shown",
     "unusable": "test_entries.py",
     "any_freq": "test_entries.py",
+    "interpolate": "test_verdict.py",
+    "verdict_unit": "test_the_unit_of_a_verdict",
 }
 
 
@@ -137,6 +139,22 @@ def test_the_gate_decides_what_is_handed_over() -> None:
         assert handed("fallback").backbone.adapter is None
     with pytest.raises(TuningDidNotHelp):
         handed("raise")
+
+
+def test_the_unit_of_a_verdict() -> None:
+    names = ["a/hr", "a/map", "b/hr", "b/map"]
+    data = [{**entry, "item_id": name} for name, entry in zip(names, DATA, strict=True)]
+
+    def judged(**options: Any) -> tuple[int, str]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TuningDidNotHelp)
+            verdict = get_estimator("chronos")(**{**OPTIONS, **options}).train(data).verdict
+        return verdict.units, verdict.unit
+
+    assert judged() == (4, "series")
+    assert judged(verdict_unit="patients") == (2, "patients")
+    with pytest.raises(ValueError, match="^verdict_unit 'patient' is unknown; did you mean 'patients'"):
+        judged(verdict_unit="patient")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "3"])
