@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import foreign, locked, record, write_atomically
 from ..processes import end_with_parent, end_workers
 from .identity import trial_folder
-from .spec import SpecError, StudySpec, TrialResult, TrialSpec, check_places, from_record, read_record
+from .spec import SpecError, StudySpec, TrialResult, TrialSpec, from_record, read_record
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -249,8 +249,6 @@ def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
 
 def _check_usable(trials: list[TrialSpec]) -> None:
     """Make sure that adapters know their options and that data can be read, which a trial learns only when it runs."""
-    check_places("study", trials)
-
     from ..registry import get_adapter
     from .run import load_data
 
