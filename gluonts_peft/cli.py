@@ -923,12 +923,8 @@ def demo(
 
 def _run_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any], **options: Any) -> None:
     from .trials import load_study, print_table, run_study, write_report
-    from .trials.grid import expand
-    from .trials.spec import check_places
 
-    wanted = load_study(spec, overrides)
-    check_places("study", expand(wanted))
-    results = run_study(wanted, out, jobs=jobs, progress=sys.stderr.isatty(), **options)
+    results = run_study(load_study(spec, overrides), out, jobs=jobs, progress=sys.stderr.isatty(), **options)
     print_table(results, _console(), folder=out)
     _say(f"report: {write_report(out)}")
     if failed := sum(result.status == "failed" for result in results):
@@ -954,11 +950,9 @@ def search(
     from .trials import load_search, print_ranking
     from .trials import search as run_search
     from .trials.records import not_helped
-    from .trials.spec import TrialSpec, check_places
 
     overrides = dict(map(_override, set_ or ()))
     wanted = load_search(spec, overrides)
-    check_places("search", [TrialSpec(**wanted.base)])
     ranking = run_search(wanted, out, address=address, serial=serial, progress=sys.stderr.isatty())
     print_ranking(ranking, _console())
     _say(f"ranking: {out / 'ranking.csv'}")

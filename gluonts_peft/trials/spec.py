@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -42,7 +42,6 @@ __all__ = [
     "TrainingSpec",
     "TrialResult",
     "TrialSpec",
-    "check_places",
     "describe_adapter",
     "load_study",
 ]
@@ -580,24 +579,6 @@ def read_yaml(path: str | os.PathLike[str], what: str, keys: str) -> dict[str, A
     if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
         raise SpecError(f"{what} '{path}'", [f"expected a mapping with the keys {keys}"])
     return form
-
-
-def check_places(what: str, trials: Iterable[TrialSpec]) -> None:
-    """Make sure that what data are read from is there, before anything that takes long to import.
-
-    Raises
-    ------
-    SpecError
-        With each file or folder that is not.
-    """
-    found = dict.fromkeys(data for trial in trials for data in (trial.data, *trial.also.values()))
-    if faults := [
-        f"data of source {data.source!r}: {name} '{place}' does not exist"
-        for data in found
-        for name, place in (("path", data.path), ("patients", data.patients))
-        if isinstance(place, str) and not Path(place).exists()
-    ]:
-        raise SpecError(what, faults)
 
 
 def mapping_of(form: Mapping[str, Any], name: str, what: str, holds: str) -> dict[str, Any]:

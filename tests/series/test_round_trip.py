@@ -313,7 +313,7 @@ def test_wrong_columns_files_and_options_cost_no_import_of_torch(tmp_path):
     for verb, more in (("study", {"grid": {"seed": [0, 1]}}), ("search", {"space": space, "num_samples": 1})):
         spec = tmp_path / f"{verb}.yaml"
         spec.write_text(json.dumps({"base": base, **more}))
-        calls += [[verb, str(spec), "--out", str(tmp_path / verb)], [verb, str(path), "--out", str(tmp_path / verb)]]
+        calls += [[verb, str(each), "--out", str(tmp_path / verb)] for each in (path, tmp_path / "gone.yaml")]
         calls += [[verb, str(spec), "--out", str(tmp_path / verb), "--set", "bse.seed=1"]]
     code = (
         "import sys, json\nfrom typer.testing import CliRunner\nfrom gluonts_peft import cli\n"
