@@ -38,18 +38,6 @@ __all__ = ["PeftEstimator"]
 logger = logging.getLogger(__name__)
 
 GATES = ("fallback", "raise", "keep")
-_WHOLE = (
-    "prediction_length",
-    "context_length",
-    "max_epochs",
-    "num_batches_per_epoch",
-    "batch_size",
-    "patience",
-    "min_context",
-    "validation_windows",
-    "max_validation_windows",
-    "seed",
-)
 
 
 class PeftEstimator(Estimator):  # type: ignore[misc]
@@ -406,6 +394,14 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         for number, lack in windows.left_out():
             unusable.add(called(door.names[number], number), lack)
         unusable.settle(len(windows.store))
+
+
+# Arguments that are whole numbers, as the constructor declares them.
+_WHOLE = [
+    name
+    for name, parameter in inspect.signature(PeftEstimator.__init__).parameters.items()
+    if "int" in str(parameter.annotation).split(" | ")
+]
 
 
 def _with_head(spec: Any, backbone: Backbone) -> Any:
