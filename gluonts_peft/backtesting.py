@@ -49,7 +49,7 @@ from .series.calendar import calendar_of, dated, first_stamp
 from .series.entries import Door, EntryError, Unusable, as_array, called
 from .series.season import season_length
 
-__all__ = ["QUANTILE_LEVELS", "SeasonalNaive", "backtest", "default_metrics"]
+__all__ = ["QUANTILE_LEVELS", "SeasonalNaive", "backtest", "backtest_both", "default_metrics"]
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,41 @@ def backtest(
     Missing labels count in no metric. MAPE leaves out labels that are zero. ``mean_weighted_sum_quantile_loss`` divides
     by the sum of absolute labels, over all windows or, with ``per_window``, over one; where that is 0 it is not finite.
     """
+    options: dict[str, Any] = dict(
+        windows=windows,
+        distance=distance,
+        metrics=metrics,
+        seasonality=seasonality,
+        num_samples=num_samples,
+        unusable=unusable,
+        any_freq=any_freq,
+        visible_context=visible_context,
+        batch_size=batch_size,
+    )
+    return _scored(predictor, dataset, (per_window,), **options)[0]
+
+
+def backtest_both(predictor: Predictor, dataset: Dataset, **options: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return what :func:`backtest` does without and with ``per_window``, of the same forecasts, made once."""
+    over_all, each = _scored(predictor, dataset, (False, True), **options)
+    return over_all, each
+
+
+def _scored(
+    predictor: Predictor,
+    dataset: Dataset,
+    per_window: Sequence[bool],
+    *,
+    windows: int = 1,
+    distance: int | None = None,
+    metrics: Sequence[Any] | None = None,
+    seasonality: int | None = None,
+    num_samples: int | None = None,
+    unusable: str = "raise",
+    any_freq: bool = False,
+    visible_context: int | None = None,
+    batch_size: int = 100,
+) -> list[pd.DataFrame]:
     _positive("windows", windows)
     _positive("batch_size", batch_size)
     for name, value in (("distance", distance), ("seasonality", seasonality), ("num_samples", num_samples)):
@@ -202,9 +237,9 @@ def backtest(
         template.generate_instances(length, windows=windows, distance=distance), survey.windows, survey.items
     )
 
-    axis = tuple(range(1 if per_window else 0, survey.ndim + 1))
-    evaluators = [metric(axis=axis) for metric in definitions]
-    names = [evaluator.name for evaluator in evaluators]
+    axes = [tuple(range(1 if each else 0, survey.ndim + 1)) for each in per_window]
+    evaluators = [[metric(axis=axis) for metric in definitions] for axis in axes]
+    names = [evaluator.name for evaluator in evaluators[0]]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"metrics has {', '.join(twice)} more than once; each needs a name of its own")
@@ -229,23 +264,26 @@ def backtest(
         data = _Batch(label, scale, [forecast for _, _, forecast in batch])
         # A score that divides by zero is masked, NaN or infinite as documented; numpy's warnings would add nothing.
         with np.errstate(divide="ignore", invalid="ignore"):
-            for evaluator in evaluators:
+            for evaluator in itertools.chain.from_iterable(evaluators):
                 evaluator.update(data)
 
-    for evaluator in evaluators:
-        _unmask(evaluator)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        columns = {evaluator.name: np.ma.filled(np.ma.atleast_1d(evaluator.get()), np.nan) for evaluator in evaluators}
-    rows = pd.MultiIndex.from_tuples(index, names=["item_id", "forecast_start"]) if per_window else None
-    frame: pd.DataFrame = pd.DataFrame(columns, index=rows)
-    frame.attrs = {
-        "series": sum(survey.series),
-        "windows": len(test),
-        "skipped": survey.skipped,
-        "unscaled_windows": unscaled,
-        "seasonless_windows": seasonless,
-    }
-    return frame
+    frames = []
+    for each, some in zip(per_window, evaluators, strict=True):
+        for evaluator in some:
+            _unmask(evaluator)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns = {evaluator.name: np.ma.filled(np.ma.atleast_1d(evaluator.get()), np.nan) for evaluator in some}
+        rows = pd.MultiIndex.from_tuples(index, names=["item_id", "forecast_start"]) if each else None
+        frame: pd.DataFrame = pd.DataFrame(columns, index=rows)
+        frame.attrs = {
+            "series": sum(survey.series),
+            "windows": len(test),
+            "skipped": survey.skipped,
+            "unscaled_windows": unscaled,
+            "seasonless_windows": seasonless,
+        }
+        frames.append(frame)
+    return frames
 
 
 class SeasonalNaive(RepresentablePredictor):  # type: ignore[misc, unused-ignore]

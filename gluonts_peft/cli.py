@@ -1,8 +1,8 @@
 """The command line: a function a verb, which parses, calls the library and prints.
 
-Exit codes: 0 done, 1 a defect of the program or failed trials, 2 wrong input, 3 tuning did not help (``fit --gate
-raise``), 130 Ctrl-C, 143 SIGTERM. What takes long to import is imported inside the verbs, so that ``--help`` answers at
-once.
+Exit codes: 0 done, 1 a defect of the program or failed trials, 2 wrong input, 3 no evidence that tuning helped (``fit
+--gate raise``), 130 Ctrl-C, 143 SIGTERM. What takes long to import is imported inside the verbs, so that ``--help``
+answers at once.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ Address = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
 NewFolder = Annotated[Path, typer.Option(help="New folder for the predictor.")]
-Validation = Annotated[Path | None, typer.Option(help="Data of the gate.  [default: the ends of DATA, held out]")]
+Validation = Annotated[Path | None, typer.Option(help="Data of the verdict.  [default: the ends of DATA, held out]")]
 AdapterSpec = Annotated[str, typer.Option(help="Name; or JSON: a mapping with options, or a list for a hybrid.")]
 Rate = Annotated[float | None, typer.Option(help="Peak learning rate.  [default: the adapter's]")]
 IfWorse = Annotated[
-    str, typer.Option(help="If tuning did not help: fallback (to zero-shot), raise (exit code 3), keep.")
+    str, typer.Option(help="Without evidence that tuning helped: fallback (to zero-shot), raise (exit code 3), keep.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")]
 Season = Annotated[
@@ -627,9 +627,11 @@ def backtest(
     import pandas as pd
 
     from .backtesting import SeasonalNaive
-    from .backtesting import backtest as score
+    from .backtesting import backtest_both as score
     from .files import delivering
     from .series.season import season_length
+    from .trials.statistics import against_zero_shot
+    from .trials.tables import INTERVAL, JUDGE, METRICS, judged
 
     predictor = _predictor(model, family, checkpoint, horizon, context, device)
     _check_samples(predictor, num_samples)
@@ -643,7 +645,7 @@ def backtest(
     )
     adapter = predictor.backbone.adapter
     scores = {"zero-shot" if adapter is None else "model": score(predictor, dataset, num_samples=num_samples, **common)}
-    counts = next(iter(scores.values())).attrs
+    counts = next(iter(scores.values()))[0].attrs
     if baselines:
         if predictor.backbone.untrained:
             name = predictor.backbone.source.checkpoint
@@ -661,12 +663,19 @@ def backtest(
             _say(f"{without} of {all_windows} windows have {why}: seasonal naive {there}")
         for name, steps in naive.items():
             scores[name] = score(SeasonalNaive(predictor.prediction_length, steps), dataset, **common)
-    frame = pd.concat(scores.values(), keys=scores.keys()).droplevel(1)
+    frame = pd.concat([over_all for over_all, _ in scores.values()], keys=scores.keys()).droplevel(1)
+    tests = against_zero_shot({name: each[METRICS[JUDGE]] for name, (_, each) in scores.items()}, JUDGE)
+    rows = [(metric, *(f"{value:.4g}" for value in column)) for metric, column in frame.items()]
+    if tests is not None:
+        if "model" in tests.index:
+            _say(f"model: {tests['sentence']['model']}")
+        verdicts = [judged(row) for _, row in tests.iterrows()]
+        rows = [*zip(("verdict", f"{JUDGE} change", INTERVAL), *verdicts, strict=True), *rows]
+        frame = pd.concat([tests.drop(columns="sentence"), frame], axis=1)
     if out is not None:
         with delivering(out, "backtest") as part:
             frame.to_csv(part, index_label="model")
     title = f"{counts['windows']} windows of {counts['series']} series, {predictor.prediction_length} steps each"
-    rows = [(metric, *(f"{value:.4g}" for value in column)) for metric, column in frame.items()]
     _table(("metric", *frame.index), rows, title, right=1)
 
 
@@ -943,7 +952,7 @@ def search(
     """Let Ray Tune choose among the trials of a search; a second run continues the first.
 
     At the end OUT/ranking.csv has the trials, the best first, and OUT/best is the best one's predictor; a warning says
-    if that is no better than zero-shot.
+    if there is no evidence that it is better than zero-shot.
     """
     if serial and address is not None:
         raise ValueError(f"--serial does not go with --address {address}; leave one out")
@@ -958,7 +967,7 @@ def search(
     _say(f"ranking: {out / 'ranking.csv'}")
     finished = ranking["status"].isin(["finished", "stopped"])
     if (ranking["status"] == "finished").any():
-        _say(f"best predictor: {out / 'best'}{' (no better than zero-shot)' if not_helped(ranking) else ''}")
+        _say(f"best predictor: {out / 'best'}{' (no evidence)' if not_helped(ranking) else ''}")
     if not finished.all():
         lost = len(ranking) - finished.sum()
         first = ranking["error"].dropna().head(1)

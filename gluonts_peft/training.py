@@ -29,9 +29,10 @@ from .noise import without_noise
 from .processes import keeping_handler
 from .resume import SafeCheckpointIO, read_checkpoint
 from .trainer_kwargs import check_precision, check_trainer_kwargs, deciding, resolve_precision
-from .verdict import NO_EVIDENCE, Candidate, Verdict
+from .verdict import Candidate, Verdict
 from .weights import Snapshot
 from .windows import Windows
+from .words import BETTER, PROVEN
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
@@ -52,7 +53,7 @@ _FEW_WEIGHTS = (0.5,)
 
 
 class TuningDidNotHelp(UserWarning):  # noqa: N818
-    """The tuned model is no better than the pretrained one on the validation windows."""
+    """There is no evidence on the validation windows that the tuned model is better than the pretrained one."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Gate:
     def passed(self) -> bool:
         """Whether the tuned model is handed over."""
         if self.verdict is not None:
-            return self.verdict != NO_EVIDENCE
+            return self.verdict in (PROVEN, BETTER)
         return math.isfinite(self.tuned) if self.zero_shot is None else self.tuned < self.zero_shot
 
     def __str__(self) -> str:
@@ -165,10 +166,9 @@ class Gate:
                 f" ({self.windows} windows)"
             )
         change = 100.0 * (self.tuned / self.zero_shot - 1.0) if self.zero_shot else math.nan
-        verdict = "tuning helped" if self.passed else "tuning did not help"
         return (
-            f"{verdict}: validation {self.measure} {self.zero_shot:.5g} zero-shot, {self.tuned:.5g} tuned"
-            f" ({change:+.2f} %, {self.windows} windows)"
+            f"{self.verdict or 'no verdict'}: validation {self.measure} {self.zero_shot:.5g} zero-shot,"
+            f" {self.tuned:.5g} tuned ({change:+.2f} %, {self.windows} windows, which chose the epoch)"
         )
 
 

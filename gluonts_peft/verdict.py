@@ -8,12 +8,14 @@ others choose. So noise gets no credit for being the best of many.
 
 Handing over and claiming are two things. Where the cross-fitted mean is below zero-shot's, the candidate that all units
 choose is handed over; *proven* is only what a sign-flip test confirms, with an effect and with units enough.
+
+The words, and what makes them true, are those of :mod:`gluonts_peft.words`, in which studies and backtests speak too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .series.season import season_length
+from .words import BETTER, LEAST_UNITS, LEVEL, NO_EVIDENCE, PROVEN, counted, evidence, word_of
 
 if TYPE_CHECKING:
     from .backbone import Backbone, Trajectories
@@ -44,14 +47,10 @@ __all__ = [
     "scale",
 ]
 
-PROVEN, BETTER, NO_EVIDENCE = "proven", "better, not proven", "no evidence"
-
 #: Quantile levels that are scored.
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: What may be counted.
 UNITS = ("series", "patients")
-#: One-sided level of a proof, its least change in per cent and its least number of units.
-LEVEL, LEAST_CHANGE, LEAST_UNITS = 0.05, -0.5, 6
 #: With fewer units the choice among weights is more cautious.
 MANY_UNITS = 40
 #: Folds of the cross-fitting, at most.
@@ -66,6 +65,8 @@ _FLOOR = 0.01
 _ROUNDING = 1e-12
 # Up to so many units all signs are tried, beyond so many random ones as these.
 _ALL_SIGNS, _FLIPS = 13, 9999
+# Signs at a time: 32 MiB.
+_AT_ONCE = 2**22
 
 Floats = NDArray[np.float64]
 
@@ -148,16 +149,15 @@ class Verdict:
         return self.word in (PROVEN, BETTER)
 
     def __str__(self) -> str:
-        unit = self.unit.removesuffix("s") if self.units == 1 and self.unit != "series" else self.unit
+        over = counted(self.units, self.unit)
         if self.epoch is None:
             return f"{self.word}: the training left no model with finite scores"
         if self.change is None:
-            return f"{self.word}: {self.units} {unit} cannot tell; give more series, or more validation_windows"
+            return f"{self.word}: {over} cannot tell; give more series, or more validation_windows"
         if self.change == 0:
-            return f"{self.word}: zero-shot is the best of all candidates in each fold ({self.units} {unit})"
-        interval = "" if self.low is None else f"90 % interval {self.low:+.2f} to {self.high:+.2f} %, "
-        few = f", too few for a proof: it takes {LEAST_UNITS}" if self.units < LEAST_UNITS else ""
-        return f"{self.word}: {self.score} {self.change:+.2f} % against zero-shot ({interval}{self.units} {unit}{few})"
+            return f"{self.word}: zero-shot is the best of all candidates in each fold ({over})"
+        interval = None if self.low is None or self.high is None else (self.low, self.high)
+        return f"{self.word}: {evidence(self.score, self.change, interval, self.units, self.unit)}"
 
 
 def judge(
@@ -220,7 +220,7 @@ def judge(
     word = NO_EVIDENCE
     # Without a tuned candidate that is better on all units, there is nothing to hand over.
     if change < 0 and choose(zero_shot, known) is not None:
-        word = PROVEN if p < LEVEL and change <= LEAST_CHANGE and count >= LEAST_UNITS else BETTER
+        word = word_of(change, p, count)
     many = count >= LEAST_UNITS
     return Verdict(word, change, percent * low if many else None, percent * high if many else None, p, **facts)
 
@@ -295,14 +295,12 @@ def flip_test(differences: Floats, choices: NDArray[np.int_] | None = None) -> t
     choices = np.arange(len(differences)) if choices is None else choices
     chosen = int(choices[differences.mean(axis=1).argmin()])
     found = float(differences[chosen].mean())
-    if count <= _ALL_SIGNS:
-        flipped = (np.arange(1, 2**count)[:, None] >> np.arange(count)) & 1
-    else:
-        flipped = np.random.default_rng(0).integers(0, 2, (_FLIPS, count))
-        flipped = flipped[flipped.any(axis=1)]
-    share = flipped.mean(axis=1)
+    shares, rows = [], []
     # Means over all units after the flip of some; a shift of all differences shifts them by 1 - 2 share.
-    means = differences.mean(axis=1) - 2.0 / count * (flipped @ differences.T)
+    for flipped in _flips(count):
+        shares.append(flipped.mean(axis=1))
+        rows.append(differences.mean(axis=1) - 2.0 / count * (flipped @ differences.T))
+    share, means = np.concatenate(shares), np.concatenate(rows)
     again = means[np.arange(len(means)), choices[means.argmin(axis=1)]]
     # A flip counts against a shift exactly if it lies above the shift's value here.
     upper, lower = ((found - each) / (2.0 * share) for each in (again, means[:, chosen]))
@@ -311,6 +309,17 @@ def flip_test(differences: Floats, choices: NDArray[np.int_] | None = None) -> t
     out = max(0, math.ceil(LEVEL * (1 + len(upper))) - 2)
     low, high = float(np.sort(lower)[out]), float(np.sort(upper)[len(upper) - 1 - out])
     return p, low, 0.0 if abs(high) <= _ROUNDING else high
+
+
+def _flips(count: int) -> Iterator[NDArray[Any]]:
+    """Yield assignments of signs but that of none, shape ``(flips, count)``; of many units a part at a time."""
+    if count <= _ALL_SIGNS:
+        yield (np.arange(1, 2**count)[:, None] >> np.arange(count)) & 1
+        return
+    rng, most = np.random.default_rng(0), max(1, _AT_ONCE // count)
+    for begin in range(0, _FLIPS, most):
+        flipped = rng.integers(0, 2, (min(most, _FLIPS - begin), count))
+        yield flipped[flipped.any(axis=1)]
 
 
 def scale(history: NDArray[Any], season: int) -> Floats:

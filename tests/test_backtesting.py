@@ -20,7 +20,7 @@ from gluonts.model.forecast import QuantileForecast, SampleForecast
 from gluonts.model.predictor import Predictor
 from gluonts.model.seasonal_naive import SeasonalNaivePredictor
 
-from gluonts_peft.backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest, default_metrics
+from gluonts_peft.backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest, backtest_both, default_metrics
 from gluonts_peft.metrics import DTW, dtw_distance, dtw_path_error
 from gluonts_peft.series.entries import UnusableWarning
 
@@ -168,6 +168,15 @@ def test_numbers_do_not_depend_on_the_batch_size(per_window: bool) -> None:
     assert frames[0].attrs == frames[1].attrs == frames[2].attrs
     for frame in frames[1:]:
         pd.testing.assert_frame_equal(frame, frames[0], rtol=1e-12)
+
+
+def test_both_tables_come_of_one_forecast() -> None:
+    data, noisy = dataset(), Noisy(4)
+    over_all, each = backtest_both(noisy, data, windows=2)
+    assert len(noisy.calls) == 1
+    pd.testing.assert_frame_equal(over_all, backtest(Noisy(4), data, windows=2))
+    pd.testing.assert_frame_equal(each, backtest(Noisy(4), data, windows=2, per_window=True))
+    assert over_all.attrs == each.attrs
 
 
 def test_what_cannot_be_scored_is_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:

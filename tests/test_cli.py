@@ -210,6 +210,8 @@ def test_fit_prints_what_came_out_and_leaves_only_the_predictor(fitted: tuple[Pa
         rf"predictor: +{re.escape(str(folder))} \(tuned\)\n",
         output,
     )
+    # In the words of `show`.
+    assert output.splitlines()[0] in ok("show", folder).splitlines()
     assert names(folder) == COMPLETE
 
 
@@ -522,12 +524,27 @@ def test_backtest_puts_zero_shot_and_naive_beside_the_model(data: Path, model: P
     out = tmp_path / "scores.csv"
     command = ["backtest", data, "--model", model, "--windows", "2", "--out", out, "--device", "cpu"]
     output = ok(*command)
-    assert output.startswith("6 windows of 3 series, 6 steps each")
+    said, title, *_ = output.splitlines()
+    assert re.fullmatch(
+        r"model: (better, not proven|no evidence), MAE [+-][\d.]+ % against zero-shot \(3 series, too few for a proof:"
+        r" it takes 6\)",
+        said,
+    )
+    assert title.startswith("6 windows of 3 series, 6 steps each")
     header = next(line for line in output.splitlines() if "metric" in line)
     titles = [cell.strip() for cell in header.strip("┃").split("┃")]
     assert titles == ["metric", "model", "zero-shot", "last value", "seasonal naive (24)"]
     frame = pd.read_csv(out, index_col="model")
     assert list(frame.index) == titles[1:]
+    verdicts = ["verdict", "change %", "low %", "high %", "units"]
+    assert list(frame.columns[:5]) == verdicts
+    first = [
+        cells[0] for line in output.splitlines() if len(cells := [c.strip() for c in line.strip("│").split("│")]) > 1
+    ]
+    assert first[:4] == ["verdict", "MAE change", "90 % interval", str(frame.columns[5])]
+    word, change = frame.loc["model", ["verdict", "change %"]]
+    assert said.startswith(f"model: {word}, MAE {change:+.2f} % ")
+    frame = frame.drop(columns=verdicts)
     for metric, value in frame.loc["model"].items():
         assert re.search(rf"│ {re.escape(str(metric))} +│ +{re.escape(f'{value:.4g}')} │", output)
 

@@ -583,7 +583,7 @@ def test_no_finite_loss_at_all_is_no_success() -> None:
     assert predictor.fit.epochs == 1
     assert predictor.gate.tuned == math.inf
     assert not predictor.gate.passed
-    assert "tuning did not help" in str(predictor.gate)
+    assert str(predictor.gate).startswith("no evidence: ")
 
 
 def test_callbacks_of_the_user_serve_every_training_and_the_arguments_stay_theirs() -> None:
@@ -676,12 +676,42 @@ def test_the_device_is_the_one_that_was_asked_for(
 @pytest.mark.parametrize(
     ("zero_shot", "tuned", "passed", "text"),
     [
-        (2.0, 1.5, True, "tuning helped: validation loss 2 zero-shot, 1.5 tuned (-25.00 %, 7 windows)"),
-        (2.0, 2.0, False, "tuning did not help: validation loss 2 zero-shot, 2 tuned (+0.00 %, 7 windows)"),
-        (2.0, 3.0, False, "tuning did not help: validation loss 2 zero-shot, 3 tuned (+50.00 %, 7 windows)"),
-        (2.0, math.inf, False, "tuning did not help: validation loss 2 zero-shot, inf tuned (+inf %, 7 windows)"),
-        (2.0, math.nan, False, "tuning did not help: validation loss 2 zero-shot, nan tuned (+nan %, 7 windows)"),
-        (0.0, 1.0, False, "tuning did not help: validation loss 0 zero-shot, 1 tuned (+nan %, 7 windows)"),
+        (
+            2.0,
+            1.5,
+            True,
+            "no verdict: validation loss 2 zero-shot, 1.5 tuned (-25.00 %, 7 windows, which chose the epoch)",
+        ),
+        (
+            2.0,
+            2.0,
+            False,
+            "no verdict: validation loss 2 zero-shot, 2 tuned (+0.00 %, 7 windows, which chose the epoch)",
+        ),
+        (
+            2.0,
+            3.0,
+            False,
+            "no verdict: validation loss 2 zero-shot, 3 tuned (+50.00 %, 7 windows, which chose the epoch)",
+        ),
+        (
+            2.0,
+            math.inf,
+            False,
+            "no verdict: validation loss 2 zero-shot, inf tuned (+inf %, 7 windows, which chose the epoch)",
+        ),
+        (
+            2.0,
+            math.nan,
+            False,
+            "no verdict: validation loss 2 zero-shot, nan tuned (+nan %, 7 windows, which chose the epoch)",
+        ),
+        (
+            0.0,
+            1.0,
+            False,
+            "no verdict: validation loss 0 zero-shot, 1 tuned (+nan %, 7 windows, which chose the epoch)",
+        ),
     ],
 )
 def test_the_gate_wants_a_lower_loss(zero_shot: float, tuned: float, passed: bool, text: str) -> None:

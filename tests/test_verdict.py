@@ -1,4 +1,4 @@
-"""Did tuning help: scores, cross-fitting, the sign-flip test, and the three words."""
+"""Did tuning help: scores, cross-fitting, the sign-flip test, and the words."""
 
 from __future__ import annotations
 
@@ -161,6 +161,16 @@ def test_each_flip_makes_the_choice_that_is_made(seed: int) -> None:
         means = (differences * signs).mean(axis=1)
         flipped.append(means[choices[means.argmin()]])
     assert flip_test(differences, choices)[0] == pytest.approx(np.mean([value <= found + 1e-12 for value in flipped]))
+
+
+def test_many_units_are_tested_a_part_of_the_signs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    differences = np.random.default_rng(0).normal(-0.1, 1.0, (3, 60))
+    whole = flip_test(differences)
+    monkeypatch.setattr("gluonts_peft.verdict._AT_ONCE", 1000)
+    parts = flip_test(differences)
+    # As many assignments, if not the same ones.
+    assert parts[0] * 10_000 == pytest.approx(round(parts[0] * 10_000))
+    assert parts == pytest.approx(whole, abs=0.02)
 
 
 @pytest.mark.parametrize("count", [6, 9, 13, 14, 40, 200])

@@ -166,7 +166,7 @@ def model_scores(
                     [whole] = series.training
                     part = {**whole, "target": whole["target"][: series.clean - held_out]}
                     predictor = estimator.train([part], [whole])
-            note = "tuned" if predictor.backbone.adapter is not None else "not better"
+            note = "tuned" if predictor.backbone.adapter is not None else "no evidence"
         return score(predictor, [series.entry])[0].values, note
 
     return scores

@@ -65,84 +65,106 @@ def _figure(theme: Theme, rows: int, columns: int, width: float, height: float, 
     return figure, axes
 
 
-def draw_parameters(points: pd.DataFrame, levels: Mapping[str, float], what: str, theme: Theme) -> Any:
-    """Draw an error against the number of trainable parameters.
+#: Changes are drawn from as far below 0 as above, at least so many per cent: a change of 2 % is a small one.
+LEAST_REACH = 10.0
+
+
+def draw_parameters(points: pd.DataFrame, what: str, theme: Theme, *, relative: bool) -> Any:
+    """Draw what tuning changed, or an error, against the number of trainable parameters.
 
     Parameters
     ----------
     points
-        Indexed by method, with the columns ``parameters``, ``error`` and ``std``.
-    levels
-        Name -> error of what has no trainable parameters.
+        Indexed by method, with the columns ``parameters``; ``value``, ``low`` and ``high``: what is drawn, and from
+        where to where its bar reaches (NaN for none); ``claimed``: whether it may be filled and coloured.
     what
         Name of the error.
     theme
         Colours.
+    relative
+        Whether values are changes in per cent of zero-shot.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure, axes = _figure(theme, 1, 1, 8.0, 4.5)
     axis = axes[0, 0]
-    x, y = points["parameters"].to_numpy(float), points["error"].to_numpy(float)
+    x, y = points["parameters"].to_numpy(float), points["value"].to_numpy(float)
     axis.set_xscale("log")
     axis.set_xlim(x.min() / 2.5, x.max() * 4)
-    axis.errorbar(x, y, yerr=points["std"].fillna(0.0), fmt="o", color=theme.accent, ecolor=theme.line, ms=5)
-    for name, level in levels.items():
-        axis.axhline(level, color=theme.text, lw=1, ls="--")
-        axis.annotate(
-            name, (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
-            textcoords="offset points", fontsize=8, color=theme.text, parse_math=False,
-        )  # fmt: skip
+    for claimed, colour, fill in ((True, theme.accent, theme.accent), (False, theme.text, "none")):
+        part = points[points["claimed"] == claimed]
+        if len(part):
+            axis.errorbar(
+                part["parameters"], part["value"], yerr=_bars(part.to_dict("list")), fmt="o", color=colour, mfc=fill,
+                ecolor=theme.line, ms=5,
+            )  # fmt: skip
+    _error_axis(axis, what, points[["value", "low", "high"]].to_numpy(float), theme, relative=relative)
     axis.set_xlabel("trainable parameters", color=theme.text, fontsize=9)
-    axis.set_ylabel(what, color=theme.text, fontsize=9)
     FigureCanvasAgg(figure)
     _label_points(axis, list(map(str, points.index)), x, y, theme)
     return figure
 
 
+def _bars(points: Mapping[str, Any]) -> Any:
+    """Return how far bars reach below and above points; 0 where nothing is known."""
+    value, low, high = (np.asarray(points[name], float) for name in ("value", "low", "high"))
+    return np.nan_to_num(np.maximum([value - low, high - value], 0.0))
+
+
+def _error_axis(axis: Any, what: str, values: Any, theme: Theme, *, relative: bool) -> None:
+    """Let an axis of errors start at 0, and one of changes have 0 in its middle and reach ten per cent or more."""
+    known = np.abs(values[np.isfinite(values)])
+    top = 1.1 * float(known.max(initial=0.0)) or 1.0
+    if relative:
+        reach = max(LEAST_REACH, top)
+        axis.set_ylim(-reach, reach)
+        axis.axhline(0.0, color=theme.text, lw=1, ls="--")
+        axis.annotate(
+            "zero-shot", (0.995, 0.0), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
+            textcoords="offset points", fontsize=8, color=theme.text,
+        )  # fmt: skip
+    else:
+        axis.set_ylim(0.0, top)
+    axis.set_ylabel(f"change of {what} against zero-shot, %" if relative else what, color=theme.text, fontsize=9)
+
+
 @dataclass
 class Curve:
-    """An error against an option.
+    """A change, or an error, against an option.
 
     Parameters
     ----------
     option
         Its name.
     lines
-        Name of a line -> its points: value of the option, mean and standard deviation of the error.
-    levels
-        Name -> error of what knows no such option.
+        Name of a line -> its points: value of the option, what is drawn there, and from where to where its bar reaches.
+    relative
+        Whether changes in per cent of zero-shot are drawn, and no errors.
     """
 
     option: str
-    lines: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
-    levels: dict[str, float] = field(default_factory=dict)
+    lines: dict[str, list[tuple[float, float, float, float]]] = field(default_factory=dict)
+    relative: bool = False
 
 
 def draw_curve(curve: Curve, what: str, theme: Theme) -> Any:
-    """Draw an error against an option, its values evenly spaced."""
+    """Draw a change, or an error, against an option, its values evenly spaced."""
     figure, axes = _figure(theme, 1, 1, 8.0, 3.6)
     axis = axes[0, 0]
-    values = sorted({value for points in curve.lines.values() for value, _, _ in points})
-    place = {value: position for position, value in enumerate(values)}
+    options = sorted({point[0] for points in curve.lines.values() for point in points})
+    place = {option: position for position, option in enumerate(options)}
     for number, (name, points) in enumerate(curve.lines.items()):
-        points = sorted(points)
-        x = np.array([place[value] for value, _, _ in points], float)
+        option, value, low, high = (np.array(part, float) for part in zip(*sorted(points), strict=True))
         # Side by side, so that bars of equal values do not hide each other.
-        x += 0.06 * (number - (len(curve.lines) - 1) / 2)
-        mean, std = (np.array([point[part] for point in points]) for part in (1, 2))
+        x = np.array([place[each] for each in option]) + 0.06 * (number - (len(curve.lines) - 1) / 2)
         axis.errorbar(
-            x, mean, yerr=np.nan_to_num(std), marker="o", ms=4, lw=1.2, label=name, color=theme.cycle[number % 8]
+            x, value, yerr=_bars({"value": value, "low": low, "high": high}), marker="o", ms=4, lw=1.2, label=name,
+            color=theme.cycle[number % 8],
         )  # fmt: skip
-    for name, level in curve.levels.items():
-        axis.axhline(level, color=theme.text, lw=1, ls="--")
-        axis.annotate(
-            name, (0.995, level), xycoords=("axes fraction", "data"), xytext=(0, 3), ha="right",
-            textcoords="offset points", fontsize=8, color=theme.text, parse_math=False,
-        )  # fmt: skip
-    axis.set_xticks(range(len(values)), ["all" if value == np.inf else f"{value:g}" for value in values])
+    drawn = np.array([point[1:] for points in curve.lines.values() for point in points], float)
+    _error_axis(axis, what, drawn, theme, relative=curve.relative)
+    axis.set_xticks(range(len(options)), ["all" if option == np.inf else f"{option:g}" for option in options])
     axis.set_xlabel(curve.option, color=theme.text, fontsize=9, parse_math=False)
-    axis.set_ylabel(what, color=theme.text, fontsize=9)
     legend = axis.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     for text in legend.get_texts():
         text.set_color(theme.text)
@@ -159,6 +181,8 @@ def draw_costs(costs: pd.DataFrame, theme: Theme) -> Any:
         axis.set_xlabel(name, color=theme.text, fontsize=9)
     axes[0, 0].set_yticks(np.arange(count), list(map(str, costs.index)), parse_math=False)
     axes[0, 0].invert_yaxis()
+    for axis in axes[0]:
+        axis.set_xlim(left=0.0)
     return figure
 
 
@@ -170,7 +194,7 @@ def _label_points(axis: Any, names: list[str], x: Any, y: Any, theme: Theme) -> 
     taken: list[Any] = []
     places = [
         (dx * reach, dy * reach, side)
-        for reach in (1, 2, 3.5)
+        for reach in (1, 2, 3.5, 5.5, 8)
         for dx, dy, side in ((6, 0, "left"), (-6, 0, "right"), (0, 8, "center"), (0, -8, "center"),
                              (6, 7, "left"), (6, -7, "left"), (-6, 7, "right"), (-6, -7, "right"))
     ]  # fmt: skip
@@ -195,6 +219,9 @@ def _label_points(axis: Any, names: list[str], x: Any, y: Any, theme: Theme) -> 
             taken.append(best[1].get_window_extent())
 
 
+# What axes of values say, which are fitted to what is shown.
+_CUT = "value (axes are cut: not from 0, without outliers)"
+
 Examples = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -202,6 +229,7 @@ def draw_forecasts(shown: Examples, theme: Theme) -> Any:
     """Draw forecasts of the same windows, a column a method."""
     count = min(len(examples) for examples in shown.values())
     figure, axes = _figure(theme, count, len(shown), 2.7, 1.9, sharey="row", sharex=True)
+    figure.supylabel(_CUT, fontsize=8, color=theme.text)
     for column, (method, examples) in enumerate(shown.items()):
         for row, example in enumerate(examples[:count]):
             axis = axes[row, column]
@@ -220,6 +248,7 @@ def draw_extremes(shown: Examples, theme: Theme) -> Any:
     """Draw forecasts of different windows, a row a method."""
     count = min(len(examples) for examples in shown.values())
     figure, axes = _figure(theme, len(shown), count, 2.1, 1.9)
+    figure.supylabel(_CUT, fontsize=8, color=theme.text)
     for row, (method, examples) in enumerate(shown.items()):
         for column, example in enumerate(examples[:count]):
             axis = axes[row, column]

@@ -161,15 +161,17 @@ def ranking(folder: str | Path) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Indexed by ``rank``. Columns: ``trial``, the number in order of proposal; ``status``: ``finished``, ``stopped``
+        Indexed by ``rank``. Columns: ``trial``, the number in order of proposal; the word of the ``verdict`` of its
+        training, the ``change %`` against zero-shot and its 90 % interval, ``low %`` to ``high %``, all on validation
+        windows, which chose the best trial too, and missing where nothing trains or the trial is not finished;
+        ``status``: ``finished``, ``stopped``
         by the scheduler, ``failed``, or ``missing``; ``pareto``, whether no other finished trial is better in one
         objective and no worse in all others; ``validation <metric>`` for each objective, which decides the order
         (several: front after front, then by the first), of a stopped trial the last one; what the trial has at each
         path of the space; ``test <metric>`` for all metrics of the report, which decide nothing; ``zero-shot
-        loss``, ``tuned loss`` and ``gate passed``, whether there is evidence on the validation windows of its
-        training that tuning helped, and the ``verdict`` in words, missing where nothing trains or the trial is not
-        finished; ``trainable parameters``, ``epochs``,
-        ``seconds`` of training, ``folder`` of the trial, and ``error``.
+        loss`` and ``tuned loss`` on the validation windows of its training, whether its verdict ``handed over`` the
+        tuned model, and that verdict as a ``sentence``; ``trainable parameters``, ``epochs``, ``seconds`` of training,
+        ``folder`` of the trial, and ``error``.
 
     Raises
     ------
@@ -188,10 +190,15 @@ def ranking(folder: str | Path) -> pd.DataFrame:
         scores = record.scores(spec.objective)
         trial = spec.trial(entry.values)
         gate = (result.gate if result is not None else None) or {}
+        verdict = None if result is None else result.verdict
         tests = result.scores if result is not None and status == FINISHED else {}
         rows.append(
             {
                 "trial": entry.number,
+                "verdict": verdict and verdict.word,
+                "change %": verdict and verdict.change,
+                "low %": verdict and verdict.low,
+                "high %": verdict and verdict.high,
                 "status": status,
                 "pareto": False,
                 **{f"validation {name}": score for name, score in zip(spec.objective, scores, strict=True)},
@@ -199,8 +206,8 @@ def ranking(folder: str | Path) -> pd.DataFrame:
                 **{f"test {name}": tests.get(column) for name, column in METRICS.items()},
                 "zero-shot loss": gate.get("zero_shot"),
                 "tuned loss": gate.get("tuned"),
-                "gate passed": gate.get("passed"),
-                "verdict": str(result.verdict) if result is not None and result.verdict else None,
+                "handed over": gate.get("passed"),
+                "sentence": verdict and str(verdict),
                 "trainable parameters": result.trainable_parameters if result else None,
                 "epochs": result.epochs if status == FINISHED and result else record.last,
                 "seconds": result.seconds if result else None,
@@ -224,17 +231,25 @@ def ranking(folder: str | Path) -> pd.DataFrame:
     return frame
 
 
-def not_helped(frame: pd.DataFrame) -> str | None:
-    """Return what there is to say if the best trial of a ranking is no better than zero-shot, else None."""
+def verdict_of(frame: pd.DataFrame) -> str | None:
+    """Return the verdict on the best trial of a ranking in a sentence, which says whose choice the data were.
+
+    None where no trial has finished, or the best one trains nothing.
+    """
     best = frame[frame["status"] == FINISHED].head(1)
-    if not best["gate passed"].eq(False).any():
+    if best.empty or best["handed over"].isna().any():
         return None
-    row = best.iloc[0]
-    return (
-        f"the best trial, {row['trial']}, is no better than zero-shot on the validation windows of its training"
-        f"{'' if pd.isna(row['verdict']) else ' (' + row['verdict'] + ')'}: loss"
-        f" {cell(row['tuned loss'])}, zero-shot {cell(row['zero-shot loss'])}"
-    )
+    row, count = best.iloc[0], int(frame["status"].isin([FINISHED, STOPPED]).sum())
+    losses = f"no verdict: loss {cell(row['tuned loss'])}, zero-shot {cell(row['zero-shot loss'])}"
+    chosen = f", which chose it among {count} trials too" if count > 1 else ""
+    said = losses if pd.isna(row["sentence"]) else row["sentence"]
+    return f"the best trial, {row['trial']}: {said}, on validation windows{chosen}"
+
+
+def not_helped(frame: pd.DataFrame) -> str | None:
+    """Return the verdict on the best trial of a ranking if zero-shot would be handed over in its place, else None."""
+    best = frame[frame["status"] == FINISHED].head(1)
+    return verdict_of(frame) if best["handed over"].eq(False).any() else None
 
 
 def print_ranking(frame: pd.DataFrame, console: Console | None = None, limit: int = 20) -> None:
@@ -251,9 +266,12 @@ def print_ranking(frame: pd.DataFrame, console: Console | None = None, limit: in
     """
     from rich.console import Console
 
-    (console or Console()).print(_table(frame, limit))
+    console = console or Console()
+    if (sentence := verdict_of(frame)) is not None:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    console.print(_table(frame, limit))
     if len(frame) > limit:
-        (console or Console()).print(f"{len(frame) - limit} more in {RANKING}", highlight=False)
+        console.print(f"{len(frame) - limit} more in {RANKING}", highlight=False)
 
 
 def _table(frame: pd.DataFrame, limit: int) -> Any:
@@ -261,17 +279,28 @@ def _table(frame: pd.DataFrame, limit: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    from .tables import INTERVAL, judged
+
     objectives = [str(name).removeprefix("validation ") for name in frame if str(name).startswith("validation ")]
-    hidden = {"folder", "error", "seconds", *([] if len(objectives) > 1 else ["pareto"])}
+    hidden = {"folder", "error", "seconds", "sentence", *([] if len(objectives) > 1 else ["pareto"])}
+    hidden |= {"change %", "low %", "high %"}
     # The other metrics are in the file; a terminal is not that wide.
     hidden |= {str(name) for name in frame if str(name).startswith("test ") and str(name)[5:] not in objectives}
     names = [name for name in frame if name not in hidden]
+    # The verdict and what it rests on come first, behind the number of the trial.
     table = Table(box=SIMPLE)
     table.add_column("rank", justify="right")
     for name in names:
-        table.add_column(Text(str(name)), justify="left" if name == "status" else "right", overflow="fold")
+        left = name in ("status", "verdict")
+        table.add_column(Text(str(name)), justify="left" if left else "right", overflow="fold")
+        if name == "verdict":
+            table.add_column("change", justify="right")
+            table.add_column(INTERVAL, justify="right")
     for rank, row in frame.head(limit).iterrows():
-        table.add_row(str(rank), *(Text(cell(row[name])) for name in names))
+        cells = []
+        for name in names:
+            cells += judged(row) if name == "verdict" else [cell(row[name])]
+        table.add_row(str(rank), *map(Text, cells))
     return table
 
 

@@ -15,28 +15,37 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..files import write_atomically
+from ..words import PROVEN, WORDS
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
 from .grid import expand, read_study, trial_folder
-from .sections import PLURAL, Section, curves_of, rank_section, sections_of, tests_of
+from .sections import (
+    PLURAL,
+    Section,
+    curves_of,
+    footnote,
+    html_table,
+    markdown_table,
+    point_of,
+    rank_section,
+    sections_of,
+    tests_of,
+)
 from .spec import StudySpec, TrialResult, TrialSpec, read_json
 from .tables import (
     ADAPTER,
-    BETTER,
+    CLAIMS,
     COVERAGE,
     FULL,
+    INTERVAL,
     JUDGE,
-    MARKS,
     METRICS,
     NAIVE_KIND,
-    NO_DIFFERENT,
     SCRATCH,
-    TIE,
-    TOO_FEW,
-    WORSE,
     ZERO_SHOT,
     Row,
     data_of,
     decimals_of,
+    judged,
     load_results,
     mean_and_std,
     part_of,
@@ -56,7 +65,9 @@ _GAP = 3
 def print_table(
     results: Iterable[TrialResult], console: Console | None = None, *, folder: str | Path | None = None
 ) -> None:
-    """Print one table for each kind of data, the best value of a column in bold.
+    """Print one table for each kind of data, its verdict before it.
+
+    What is proven, or proven worse, is bold and coloured, and nothing else.
 
     Parameters
     ----------
@@ -65,7 +76,7 @@ def print_table(
     console
         Where to print; standard output if None.
     folder
-        Of the study: then verdicts are those of the report, from paired tests over patients or series.
+        Of the study: without it there are no verdicts, which need the scores of windows.
     """
     from rich.box import SIMPLE
     from rich.console import Console
@@ -77,6 +88,7 @@ def print_table(
     frame = table(results, tests=None if folder is None else tests_of(rows_of(results, []), Path(folder)))
     for data in data_of(frame):
         view = _View(part_of(frame, data))
+        console.print(Text(f"{data}: {_verdict_of(part_of(frame, data))}"))
         title: Text | None = Text(f"{data} ({_where(results)})")
         for columns in view.chunks(console.width):
             printed = Table(title=title, title_justify="left", box=SIMPLE)
@@ -142,12 +154,12 @@ class _View:
     """The rows of one kind of data as text."""
 
     COLUMNS = (*METRICS, COVERAGE, "seconds", "peak memory MB")
-    HEADERS = ("MSE", "MAE", "MAPE %", "DTW distance", "DTW path error", "quantile loss", "within 80 %", "s", "MB")
+    ERRORS = ("MSE", "MAE", "MAPE %", "DTW distance", "DTW path error", "quantile loss", "within 80 %")
+    HEADERS = ("method", "verdict", f"{JUDGE} change", INTERVAL, *ERRORS, "parameters", "s", "MB", "handed over")
 
     def __init__(self, frame: pd.DataFrame) -> None:
-        self.headers = ["method", "parameters", *self.HEADERS, "vs zero-shot", "handed over"]
-        self.tested = "tested" in frame
-        self.verdicts = [str(verdict) for verdict in frame["verdict"]]
+        self.headers = list(self.HEADERS)
+        self.basis = footnote(frame)
         self.errors = {method: row["error"] for method, row in frame.iterrows() if row["error"]}
         scaled = {name: (100.0 if name in ("MAPE", COVERAGE) else 1.0) for name in self.COLUMNS}
         columns = []
@@ -155,31 +167,28 @@ class _View:
             mean, std = frame[name] * scaled[name], frame[f"{name} std"] * scaled[name]
             columns.append([mean_and_std(m, s, decimals_of(mean)) for m, s in zip(mean, std, strict=True)])
         self.cells = []
+        self.claims: dict[tuple[int, int], str] = {}
         for i, (method, row) in enumerate(frame.iterrows()):
             parameters = row["trainable parameters"]
             state = "".join(f" ({row[key]:.0f} {key})" for key in ("failed", "missing") if row[key])
-            change = "" if math.isnan(row["change %"]) else f"{row['change %']:+.1f} % {MARKS[row['verdict']]}"
-            gate = "–" if math.isnan(row["gate passed"]) else f"{row['gate passed']:.0f}/{row['finished']:.0f}"
+            over = "–" if math.isnan(row["handed over"]) else f"{row['handed over']:.0f}/{row['finished']:.0f}"
             self.cells.append(
                 [
                     f"{method}{state}",
+                    *judged(row),
+                    *(column[i] for column in columns[:-2]),
                     "–" if math.isnan(parameters) else f"{parameters:,.0f}",
-                    *(column[i] for column in columns),
-                    change,
-                    gate,
+                    *(column[i] for column in columns[-2:]),
+                    over,
                 ]
             )
-        self.best = set()
-        for j, name in enumerate((*METRICS, COVERAGE), start=2):
-            distance = (frame[name] - 0.8).abs() if name == COVERAGE else frame[name]
-            if distance.notna().any():
-                self.best |= {(i, j) for i, value in enumerate(distance) if value == distance.min()}
+            if row["verdict"] in CLAIMS:
+                self.claims |= {(i, j): row["verdict"] for j in (1, 2, 3)}
 
     def style(self, i: int, j: int) -> str:
         """Return how the terminal shows a cell."""
-        judged = j == self.headers.index("vs zero-shot")
-        colour = {BETTER: "green", WORSE: "red"}.get(self.verdicts[i], "") if judged else ""
-        return "bold" if (i, j) in self.best else colour
+        word = self.claims.get((i, j))
+        return "" if word is None else "bold green" if word == PROVEN else "bold red"
 
     def chunks(self, width: int) -> list[dict[int, int]]:
         """Return columns and their widths, as many at a time as fit side by side; the method is always there."""
@@ -202,53 +211,59 @@ class _View:
         return chunks
 
     def legend(self) -> str:
-        """Explain the signs."""
-        verdict = (
-            "▲ better and ▼ worse by a paired test, ≈ no different by it"
-            if self.tested
-            else "▲ better, ▼ worse, ≈ within one standard deviation over seeds"
-        )
+        """Explain the columns."""
         return (
-            "Mean ± standard deviation over seeds, on the same test windows; bold: best of the column. Within 80 %:"
-            f" share of labels, in per cent, between the 0.1 and 0.9 quantiles. Vs zero-shot: change of MAE, {verdict}."
-            " Handed over: trials whose verdict, on the validation windows alone, is proven or better, not proven, so"
-            " that the tuned model would be returned and not zero-shot."
-            " Point forecasts have no interval; their quantile loss takes the point for all levels."
+            f"Verdict, change and interval are of {JUDGE} against zero-shot. {self.basis} Bold and coloured: proven and"
+            " proven worse, nothing else. Errors: mean ± standard deviation over seeds, all windows alike."
+            " Within 80 %: share of labels, in per cent, between the 0.1 and"
+            " 0.9 quantiles. Handed over: trials whose own verdict, on the validation windows alone, is proven or"
+            " better, not proven, so that the tuned model would be returned and not zero-shot. Point forecasts have no"
+            " interval; their quantile loss takes the point for all levels."
         )
+
+
+def _verdict_of(frame: pd.DataFrame) -> str:
+    """Return the verdict on one kind of data in a sentence: that of the lowest error, and which the others have."""
+    tuned = frame[frame["kind"].isin([ADAPTER, FULL])]
+    known = tuned[tuned[JUDGE].notna()]
+    if known.empty:
+        return "no verdict, for no tuned model has finished."
+    method = known[JUDGE].idxmin()
+    sentence = f"{method}: {_judgement(known.loc[method])}"
+    if len(known) == 1:
+        return f"{sentence}."
+    counts = known["verdict"].value_counts()
+    others = "; ".join(f"{counts.get(word, 0)} {word}" for word in WORDS)
+    return f"{sentence}; the lowest error of {len(known)} ways to tune, so its change flatters ({others})."
+
+
+def _judgement(row: pd.Series) -> str:
+    if row["sentence"]:
+        return str(row["sentence"])
+    if math.isnan(row["change %"]):
+        return "no verdict, for there is no zero-shot to compare with"
+    return f"no verdict, {JUDGE} {row['change %']:+.2f} % against zero-shot (the scores of its windows are not known)"
 
 
 def _sentences(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """Return a verdict on each method, (method, sentence), about MAE alone."""
+    """Return what there is to say of each method, (method, sentence)."""
     found = []
     decimals = decimals_of(frame[JUDGE])
     for method, row in frame.iterrows():
-        score = f"MAE {mean_and_std(row[JUDGE], row[f'{JUDGE} std'], decimals)}"
         seeds = f"{row['finished']:.0f} seed{'s' if row['finished'] != 1 else ''}"
-        change = f"{abs(row['change %']):.1f} %"
+        score = f"{JUDGE} {mean_and_std(row[JUDGE], row[f'{JUDGE} std'], decimals)}"
         if not row["finished"]:
             sentence = "no trial has finished" + (f"; the first error: {row['error']}" if row["error"] else "") + "."
         elif row["kind"] == ZERO_SHOT:
-            sentence = f"{score}; what the others are measured against."
-        elif not row["verdict"]:
-            sentence = f"{score}; there is nothing of zero-shot to compare it with, so nothing can be said."
-        elif row["verdict"] == TIE:
-            sentence = f"{score}: no different from zero-shot, {change} is within one standard deviation over {seeds}."
+            sentence = f"{score}; what the others are compared with."
         else:
-            mean = f"MAE {change} {'higher' if row['change %'] > 0 else 'lower'}"
-            sentence = {
-                BETTER: f"{score}: better than zero-shot, {mean}",
-                WORSE: f"{score}: worse than zero-shot, {mean}",
-                NO_DIFFERENT: f"{score}: no different from zero-shot beyond chance, {mean}",
-                TOO_FEW: f"{score}: no evidence against zero-shot, {mean}",
-            }[row["verdict"]]
-            sentence += f" ({'; '.join(filter(None, [row.get('tested', ''), seeds]))})."
+            sentence = f"{_judgement(row)}; {score}, {seeds}."
             if row["finished"] == 1 and row["kind"] != NAIVE_KIND:
-                sentence += " One seed cannot tell this from luck."
-        if not math.isnan(row["gate passed"]) and row["gate passed"] < row["finished"]:
+                sentence += " One seed cannot tell this training from others."
+        if not math.isnan(row["handed over"]) and row["handed over"] < row["finished"]:
             sentence += (
-                f" By their verdicts on the validation windows zero-shot would have been handed over in"
-                f" {row['finished'] - row['gate passed']:.0f} of"
-                f" {row['finished']:.0f}."
+                f" By their own verdicts, on the validation windows, zero-shot would have been handed over in"
+                f" {row['finished'] - row['handed over']:.0f} of {row['finished']:.0f}."
             )
         if row["failed"] and row["finished"]:
             sentence += f" {row['failed']:.0f} failed: {row['error']}."
@@ -307,7 +322,8 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
         notes.append(f"Without a window to train or validate on, and left out: {'; '.join(unused)}.")
     notes.append(
         "± is the spread over seeds on the same test windows: how much the luck of training matters, not what other"
-        " series would give. All scores are of the tuned model, whatever the gate said; s is the time of training"
+        " series would give: that is what the intervals say. All scores are of the tuned model, also where its own"
+        " verdict, on the validation windows, would hand over zero-shot; s is the time of training"
         " alone, MB how far the memory of the process rose in a trial above what libraries and data take (on a GPU: the"
         " most that torch had allocated)."
     )
@@ -322,19 +338,17 @@ def _markdown(
     sections: Mapping[str, list[Section]],
     overall: list[Section],
 ) -> str:
-    lines = [f"# {title}", "", *(f"- {note}" for note in _notes(results, expected))]
+    lines = [f"# {title}", ""]
+    lines += [f"**{data}**: {_verdict_of(part_of(frame, data))}\n" for data in data_of(frame)]
+    lines += [f"- {note}" for note in _notes(results, expected)]
     for data in data_of(frame):
         view = _View(part_of(frame, data))
-        lines += ["", f"## {data}", "", "| " + " | ".join(view.headers) + " |", "|---" + "|--:" * 12 + "|"]
-        for i, row in enumerate(view.cells):
-            cells = [text.replace("|", "\\|") for text in row]
-            cells = [f"**{text}**" if (i, j) in view.best else text for j, text in enumerate(cells)]
-            lines.append("| " + " | ".join(cells) + " |")
+        lines += ["", f"## {data}", "", *markdown_table(view.headers, view.cells, view.claims)]
         lines += [
             "",
             view.legend(),
             "",
-            *(f"- **{method}**: {text}" for method, text in _sentences(part_of(frame, data))),
+            *(f"- {method}: {text}" for method, text in _sentences(part_of(frame, data))),
         ]
         for section in sections[data]:
             lines += section.markdown()
@@ -345,9 +359,9 @@ def _markdown(
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --line: #d1d9e0; --page: #ffffff; --head: #f6f8fa;
-  --better: #1a7f37; --worse: #cf222e; }
+  --proven: #1a7f37; --worse: #cf222e; }
 @media (prefers-color-scheme: dark) { :root { --text: #e6edf3; --soft: #9198a1; --line: #3d444d; --page: #0d1117;
-  --head: #151b23; --better: #3fb950; --worse: #f85149; } }
+  --head: #151b23; --proven: #3fb950; --worse: #f85149; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--text);
   background: var(--page); }
@@ -357,7 +371,7 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { background: var(--head); font-weight: 600; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
-td.best { font-weight: 700; } td.better { color: var(--better); } td.worse { color: var(--worse); }
+td.proven, td.worse { font-weight: 700; } td.proven { color: var(--proven); } td.worse { color: var(--worse); }
 tr.failed td { color: var(--soft); }
 p.note, figcaption, .notes { color: var(--soft); font-size: 0.9rem; }
 figure { margin: 1rem 0; } img { display: block; max-width: none; height: auto; }
@@ -384,15 +398,15 @@ def _html(
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{text(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{text(title)}</h1>",
+        *(f"<p><b>{text(data)}</b>: {text(_verdict_of(part_of(frame, data)))}</p>" for data in data_of(frame)),
         '<ul class="notes">' + "".join(f"<li>{text(note)}</li>" for note in _notes(results, expected)) + "</ul>",
     ]
     for data in data_of(frame):
         part, own = part_of(frame, data), [row for row in rows if row.data == data]
         view = _View(part)
-        parts += [f"<h2>{text(data)}</h2>", _html_table(view), f'<p class="note">{text(view.legend())}</p>']
-        sentences = _sentences(part)
-        parts.append(f"<h3>What it says</h3><p>{text(_summary(part))}</p><ul>")
-        parts += [f"<li><b>{text(method)}</b>: {text(sentence)}</li>" for method, sentence in sentences]
+        table = html_table(view.headers, view.cells, view.claims)
+        parts += [f"<h2>{text(data)}</h2>", table, f'<p class="note">{text(view.legend())}</p>', "<ul>"]
+        parts += [f"<li>{text(method)}: {text(sentence)}</li>" for method, sentence in _sentences(part)]
         parts.append("</ul>")
         parts += [section.html() for section in sections[data]]
         parts += _html_figures(data, part, own, folder)
@@ -403,23 +417,28 @@ def _html(
 
 def _html_figures(data: str, frame: pd.DataFrame, rows: list[Row], folder: Path) -> list[str]:
     parts = []
-    zero_shot = frame[(frame["kind"] == ZERO_SHOT) & frame[JUDGE].notna()]
-    levels = {str(method): float(error) for method, error in zero_shot[JUDGE].items()}
-    points = frame[frame["trainable parameters"].gt(0) & frame[JUDGE].notna()]
-    points = points[["trainable parameters", JUDGE, f"{JUDGE} std"]].set_axis(["parameters", "error", "std"], axis=1)
-    if len(points):
+    trained = frame[frame["trainable parameters"].gt(0) & frame[JUDGE].notna()]
+    relative = bool(trained["change %"].notna().all())
+    if len(trained):
+        points = pd.DataFrame(
+            [point_of(row, relative=relative) for _, row in trained.iterrows()],
+            columns=["value", "low", "high"],
+            index=trained.index,
+        )
+        points["parameters"] = trained["trainable parameters"]
+        points["claimed"] = trained["verdict"].isin(CLAIMS)
         parts.append(
             html_figure(
-                lambda theme: draw_parameters(points, levels, JUDGE, theme),
-                f"MAE on {data} against the number of trainable parameters; bars are one standard deviation over"
-                " seeds.",
+                lambda theme: draw_parameters(points, JUDGE, theme, relative=relative),
+                f"{_drawn(relative)} on {data} against the number of trainable parameters; filled: proven, or proven"
+                " worse.",
             )
         )
-    for curve in curves_of(rows, levels):
+    for curve in curves_of(rows, frame):
         parts.append(
             html_figure(
                 lambda theme, curve=curve: draw_curve(curve, JUDGE, theme),  # type: ignore[misc]
-                f"MAE on {data} against {curve.option}; bars are one standard deviation over seeds.",
+                f"{_drawn(curve.relative)} on {data} against {curve.option}.",
             )
         )
     costs = frame[["seconds", "peak memory MB"]].dropna().set_axis(["seconds of training", "memory, MB"], axis=1)
@@ -456,27 +475,10 @@ def _html_figures(data: str, frame: pd.DataFrame, rows: list[Row], folder: Path)
     return parts
 
 
-def _summary(frame: pd.DataFrame) -> str:
-    adapters = frame[frame["kind"].isin([ADAPTER, FULL])]
-    counts = adapters["verdict"].value_counts()
-    return (
-        f"Of {len(adapters)} ways to tune, {counts.get(BETTER, 0)} are better than zero-shot in MAE,"
-        f" {counts.get(TIE, 0) + counts.get(NO_DIFFERENT, 0)} no different and {counts.get(WORSE, 0)} worse;"
-        f" {counts.get('', 0) + counts.get(TOO_FEW, 0)} cannot be judged."
-    )
-
-
-def _html_table(view: _View) -> str:
-    head = "".join(f"<th>{html.escape(header)}</th>" for header in view.headers)
-    lines = [f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>']
-    for i, row in enumerate(view.cells):
-        cells = []
-        for j, cell in enumerate(row):
-            judged = view.verdicts[i] if j == len(row) - 2 and view.verdicts[i] in (BETTER, WORSE) else ""
-            names = " ".join(filter(None, ["best" if (i, j) in view.best else "", judged]))
-            cells.append(f'<td class="{names}">{html.escape(cell)}</td>' if names else f"<td>{html.escape(cell)}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return "\n".join([*lines, "</tbody></table></div>"])
+def _drawn(relative: bool) -> str:
+    if relative:
+        return f"Change of {JUDGE} against zero-shot, with its 90 % interval over test units,"
+    return f"{JUDGE}, with one standard deviation over seeds to either side,"
 
 
 def _html_appendix(study: StudySpec, results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:

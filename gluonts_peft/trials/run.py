@@ -27,7 +27,7 @@ from gluonts.model.forecast import Forecast, QuantileForecast
 from gluonts.model.predictor import Predictor
 from numpy.typing import NDArray
 
-from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest
+from ..backtesting import QUANTILE_LEVELS, SeasonalNaive, backtest, backtest_both
 from ..files import replacing, write_atomically
 from ..registry import get_estimator
 from ..series.calendar import calendar_of, first_stamp
@@ -317,8 +317,7 @@ def _score(predictor: Predictor, test: list[DataEntry], data: DataSpec) -> tuple
     """Return the scores over all windows, one row, and those of each window."""
     options: dict[str, Any] = dict(windows=data.windows, seasonality=data.season, unusable="skip")
     with _counted_not_logged():
-        scores = backtest(predictor, test, **options)
-        windows = backtest(predictor, test, **options, per_window=True)
+        scores, windows = backtest_both(predictor, test, **options)
     windows = windows.reset_index()
     windows["forecast_start"] = windows["forecast_start"].astype(str)
     return scores, windows

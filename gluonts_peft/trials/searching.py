@@ -111,8 +111,8 @@ def search(
     Warns
     -----
     TuningDidNotHelp
-        If the best trial is no better than zero-shot on the validation windows of its training; ``best/`` is it all the
-        same.
+        If there is no evidence on the validation windows of its training that the best trial is better than zero-shot;
+        ``best/`` is it all the same.
     """
     if serial and spec.scheduler.name != "fifo":
         raise SpecError("search", [f"scheduler {spec.scheduler.name!r} needs Ray; leave serial out, or name 'fifo'"])
@@ -134,7 +134,7 @@ def search(
 
 
 def _keep_best(frame: pd.DataFrame, folder: Path) -> None:
-    """Copy the predictor of the first trial to where it is easily found, and warn if zero-shot is better."""
+    """Copy the predictor of the first trial to where it is easily found, and warn without evidence for it."""
     from ..training import TuningDidNotHelp
     from .run import PREDICTOR
 

@@ -5,31 +5,31 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
+from ..words import LEAST_CHANGE, LEAST_UNITS, LEVEL
 from .figures import Curve
 from .grid import trial_folder
 from .identity import read_scores
 from .run import WINDOWS
 from .spec import BASELINE, TrialSpec, describe_adapter
-from .statistics import LEAST, LEVEL, compare, mean_ranks, patient_errors
+from .statistics import compare, mean_ranks, p_value, patient_errors
 from .tables import (
     ADAPTER,
     BASELINES,
-    BETTER,
+    CLAIMS,
     FULL,
+    INTERVAL,
     JUDGE,
-    MARKS,
     METRICS,
     SCRATCH,
-    TOO_FEW,
-    WORSE,
     ZERO_SHOT,
     Row,
     decimals_of,
+    judged,
     mean_and_std,
     part_of,
 )
@@ -37,8 +37,16 @@ from .tables import (
 __all__ = ["Section", "curves_of", "rank_section", "sections_of", "tests_of"]
 
 
-def curves_of(rows: list[Row], levels: Mapping[str, float]) -> list[Curve]:
-    """Return the error against each number that varies between trials and has three values or more."""
+def curves_of(rows: list[Row], frame: pd.DataFrame) -> list[Curve]:
+    """Return the change against zero-shot, or without one the error, against each number that has three values or more.
+
+    Parameters
+    ----------
+    rows
+        Of one kind of data.
+    frame
+        Their table, indexed by method.
+    """
     found: dict[str, list[tuple[Row, str, dict[str, float]]]] = {}
     for row in rows:
         if row.finished and row.kind in (ADAPTER, FULL, SCRATCH):
@@ -65,14 +73,24 @@ def curves_of(rows: list[Row], levels: Mapping[str, float]) -> list[Curve]:
         if len(values) < 3 or partition in seen:
             continue
         seen.append(partition)
-        curve = Curve(option, levels=dict(levels))
+        curve = Curve(option, relative=bool(frame.loc[[row.method for row, _, _ in members], "change %"].notna().all()))
         for row, name, numbers in members:
             parts = [f"{other.partition(' of ')[0]}={_plain(numbers[other])}" for other in others if other in numbers]
-            row_numbers = row.numbers()
-            point = (numbers[option], row_numbers[JUDGE], row_numbers[f"{JUDGE} std"])
-            curve.lines.setdefault(", ".join([name, *parts]), []).append(point)
+            point = point_of(frame.loc[row.method], relative=curve.relative)
+            curve.lines.setdefault(", ".join([name, *parts]), []).append((numbers[option], *point))
         curves.append(curve)
     return curves
+
+
+def point_of(row: pd.Series, *, relative: bool) -> tuple[float, float, float]:
+    """Return what is drawn of a method, and from where to where its bar reaches.
+
+    That is the change in per cent of zero-shot with its 90 % interval, or the error with one standard deviation over
+    seeds to either side. NaN where there is no bar.
+    """
+    if relative:
+        return row["change %"], row["low %"], row["high %"]
+    return row[JUDGE], row[JUDGE] - row[f"{JUDGE} std"], row[JUDGE] + row[f"{JUDGE} std"]
 
 
 def _numbers(spec: TrialSpec) -> tuple[str, dict[str, float]]:
@@ -102,26 +120,43 @@ def _plain(value: float) -> str:
 
 @dataclass
 class Section:
-    """A table with a heading and what must be known to read it."""
+    """A table with a heading and what must be known to read it.
+
+    ``claims`` has the cells, by row and column, that may be emphasised, and the word of the verdict they belong to.
+    """
 
     title: str
     note: str
     headers: list[str]
     cells: list[list[str]]
+    claims: dict[tuple[int, int], str] = field(default_factory=dict)
 
     def markdown(self) -> list[str]:
-        lines = ["", f"### {self.title}", "", self.note, "", "| " + " | ".join(self.headers) + " |"]
-        lines.append("|---" + "|--:" * (len(self.headers) - 1) + "|")
-        return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in self.cells]
+        return ["", f"### {self.title}", "", self.note, "", *markdown_table(self.headers, self.cells, self.claims)]
 
     def html(self) -> str:
-        head = "".join(f"<th>{html.escape(header)}</th>" for header in self.headers)
-        rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.cells)
-        body = "".join(f"<tr>{row}</tr>" for row in rows)
-        return (
-            f'<h3>{html.escape(self.title)}</h3><p class="note">{html.escape(self.note)}</p><div class="scroll">'
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        )
+        table = html_table(self.headers, self.cells, self.claims)
+        return f'<h3>{html.escape(self.title)}</h3><p class="note">{html.escape(self.note)}</p>{table}'
+
+
+def markdown_table(headers: list[str], cells: list[list[str]], claims: Mapping[tuple[int, int], str]) -> list[str]:
+    """Return the lines of a table; claims are bold."""
+    lines = ["| " + " | ".join(headers) + " |", "|---" + "|--:" * (len(headers) - 1) + "|"]
+    for i, row in enumerate(cells):
+        texts = [text.replace("|", "\\|") for text in row]
+        lines.append("| " + " | ".join(f"**{t}**" if (i, j) in claims else t for j, t in enumerate(texts)) + " |")
+    return lines
+
+
+def html_table(headers: list[str], cells: list[list[str]], claims: Mapping[tuple[int, int], str]) -> str:
+    """Return a table; claims are bold and coloured."""
+    head = "".join(f"<th>{html.escape(header)}</th>" for header in headers)
+    lines = [f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>']
+    for i, row in enumerate(cells):
+        names = [f' class="{CLAIMS[claims[i, j]]}"' if (i, j) in claims else "" for j in range(len(row))]
+        texts = (f"<td{name}>{html.escape(text)}</td>" for name, text in zip(names, row, strict=True))
+        lines.append(f"<tr>{''.join(texts)}</tr>")
+    return "\n".join([*lines, "</tbody></table></div>"])
 
 
 def tests_of(rows: list[Row], folder: Path) -> pd.DataFrame:
@@ -139,22 +174,14 @@ def tests_of(rows: list[Row], folder: Path) -> pd.DataFrame:
                     errors[row.method] = series
             for kind in (ZERO_SHOT, FULL):
                 references = {row.method: row.references[kind] for row in own if kind in row.references}
-                found += [
-                    {
-                        "data": data,
-                        "scored on": name or data,
-                        "against": kind,
-                        "unit": unit,
-                        **vars(each),
-                        "verdict": each.verdict,
-                        "note": each.note,
-                    }
-                    for each in compare(errors, references)
-                ]
-    columns = ["data", "scored on", "against", "method", "reference", "unit", "units", "differing", "change"]
-    frame: pd.DataFrame = pd.DataFrame(
-        found, columns=[*columns, "share_better", "ranks", "p", "adjusted", "verdict", "note"]
-    )
+                for each in compare(errors, references):
+                    test = vars(each) | {"change %": each.change, "low %": each.low, "high %": each.high}
+                    where = {"data": data, "scored on": name or data, "against": kind, "unit": unit}
+                    score = f"{JUDGE} on {name}" if name else JUDGE
+                    sentence = f"{each.verdict}, {each.evidence(score, PLURAL[unit])}"
+                    found.append(where | test | {"verdict": each.verdict, "sentence": sentence})
+    columns = ["data", "scored on", "against", "method", "reference", "verdict", "change %", "low %", "high %", "units"]
+    frame: pd.DataFrame = pd.DataFrame(found, columns=[*columns, "unit", "share_better", "p", "adjusted", "sentence"])
     return frame
 
 
@@ -181,40 +208,48 @@ def _test_section(name: str, frame: pd.DataFrame, tests: pd.DataFrame) -> Sectio
     decimals = decimals_of(frame[column])
     cells = []
     for method in methods:
-        row = [method, mean_and_std(float(frame[column][method]), float(frame[f"{column} std"][method]), decimals)]
+        row = [method]
         for kind in (ZERO_SHOT, FULL):
             test = known.get((method, kind))
             if test is None:
-                row += ["–", "–", "–"]
+                row += ["–"] * 5
             else:
-                change = f"{test['change']:+.1f} % {MARKS.get(test['verdict'], '')}".strip()
-                change += f" ({test['note']})" if test["note"] and test["verdict"] in (BETTER, WORSE) else ""
-                p = TOO_FEW if test["verdict"] == TOO_FEW else _p_value(test["adjusted"])
-                row += [change, f"{100 * test['share_better']:.0f} %", p]
+                row += [*judged(test), f"{100 * test['share_better']:.0f} %", p_value(test["adjusted"])]
+        row.append(mean_and_std(float(frame[column][method]), float(frame[f"{column} std"][method]), decimals))
         cells.append(row)
     over = " or ".join(str(count) for count in sorted(set(tests["units"])))
     unit = next(iter(tests["unit"]), "patient")
+    headers = [f"{JUDGE} change", INTERVAL, f"{PLURAL[unit]} better", "p"]
+    return Section(
+        f"Forgetting: error on {name}, which was not trained on" if name else "What the verdicts rest on",
+        f"Of {over} test {PLURAL[unit]}, as said above. {PLURAL[unit].capitalize()} better: share with a smaller error"
+        " than the reference. p: one-sided, in the direction of the change, with Holm's correction over the column.",
+        ["method", "against zero-shot", *headers, "against full tuning", *headers, column],
+        cells if len(tests) else [],
+        {(i, j + k): row[j] for i, row in enumerate(cells) for j in (1, 6) if row[j] in CLAIMS for k in range(3)},
+    )
+
+
+def footnote(frame: pd.DataFrame) -> str:
+    """Say what verdicts and intervals of a table are, and of how many units."""
+    known = frame[frame["verdict"] != ""]
+    if known.empty:
+        return "Without the scores of windows, and zero-shot's beside them, there are no verdicts."
+    over, unit = " or ".join(f"{count:.0f}" for count in sorted(set(known["units"]))), known["unit"].iloc[0]
     units = PLURAL[unit]
     caution = " A patient may have several: the test takes them to be independent." if unit == "stay" else ""
-    return Section(
-        f"Forgetting: error on {name}, which was not trained on" if name else "Is it more than luck?",
-        f"Errors of windows are averaged within a {unit} and over seeds; then {over} {units} are compared in pairs"
-        " by the Wilcoxon signed-rank test, two-sided, with Holm's correction over the methods of a column."
-        f" ▲ better, ▼ worse by ranks, ≈ p of {LEVEL} or more; too few: fewer than {LEAST} {units} whose errors differ."
-        f" The change is that of the mean; where a few {units} outweigh the others, it may have the other direction:"
-        f" mean and ranks disagree. {units.capitalize()} better: share with a smaller error than the reference."
-        f" One split into training and test {units} lies under all of it.{caution}",
-        ["method", column, "vs zero-shot", f"{units} better", "p", "vs full tuning", f"{units} better", "p"],
-        cells if len(tests) else [],
+    return (
+        f"Verdicts and intervals are of {over} test {units}. Errors of windows are averaged within a {unit}, each seed"
+        f" alike; the change is that of the mean over {units}. Proven: at most {LEAST_CHANGE:g} %, at least"
+        f" {LEAST_UNITS} {units}, and one-sided p below {LEVEL} by flips of the {units}' signs, with Holm's correction"
+        " over the methods that are compared with the same reference. Proven worse: above 0 by the same test."
+        " Better, not proven: below 0 all the same. No evidence: the rest. Intervals are of the level 90 %, each by"
+        f" itself, without the correction. One split into training and test {units} lies under all of it.{caution}"
     )
 
 
 #: Of what was never divided (``TrialResult.units``).
 PLURAL = {"patient": "patients", "stay": "stays", "series": "series"}
-
-
-def _p_value(p: float) -> str:
-    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _changed_windows(rows: list[Row], folder: Path) -> Section | None:

@@ -1,8 +1,9 @@
-"""Which differences between methods are more than luck: paired tests over patients, and ranks over data sets.
+"""Whether methods are better than what they are compared with: verdicts over patients, and ranks over data sets.
 
 The unit is what was never divided between training and test: the patient, the stay where the patients of an hourly
-table are not known, or the series. Errors of windows are averaged within a unit and over seeds before any test, so that
-neither many windows of one patient nor many seeds of one method look like much evidence.
+table are not known, or the series. Errors of windows are averaged within a unit and over seeds, each seed alike, before
+any test, so that neither many windows of one patient nor many seeds of one method look like much evidence. Test,
+thresholds and words are those of :mod:`gluonts_peft.verdict`.
 """
 
 from __future__ import annotations
@@ -11,27 +12,20 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from ..verdict import Floats, flip_test
 from ..vitals import patient_of
+from ..words import LEAST_UNITS, LEVEL, counted, evidence, word_of
 from .grid import trial_folder
 from .identity import read_scores
 from .run import windows_file
 from .spec import TrialResult
 
-__all__ = ["EXACT", "LEAST", "LEVEL", "Comparison", "compare", "holm", "mean_ranks", "patient_errors", "signed_ranks"]
-
-#: Adjusted p-values below it are called a difference.
-LEVEL = 0.05
-
-#: Units with a difference that a test takes at least: with fewer no p-value could be below :data:`LEVEL`.
-LEAST = 6
-
-#: Up to so many units with a difference all assignments of signs are counted; beyond, their sum is taken as normal.
-EXACT = 50
+__all__ = ["Comparison", "against_zero_shot", "compare", "holm", "mean_ranks", "p_value", "patient_errors"]
 
 
 @dataclass(frozen=True)
@@ -44,94 +38,50 @@ class Comparison:
         Their names.
     units
         Patients, stays or series that both have an error of.
-    differing
-        Those among them whose two errors differ; the others take no part in the test.
     change
-        Mean difference of the error, in per cent of the reference's mean; below 0 is better than the reference.
+        Mean difference of the error over units, in per cent of the reference's mean; below 0 is better. NaN if that
+        mean is 0, or with fewer than two units.
+    low, high
+        90 % interval of the change, of this comparison alone, see :func:`gluonts_peft.verdict.flip_test`; NaN with
+        fewer than 6 units.
     share_better
         Share of units with a smaller error than the reference's.
-    ranks
-        Matched-pairs rank correlation (Kerby 2014): the sum of signed ranks, relative to the largest that there could
-        be. -1 if the method is better on each unit that differs, 1 if it is worse on each; its sign is the direction.
     p, adjusted
-        Of the Wilcoxon signed-rank test, two-sided, see :func:`signed_ranks`; as it is, and with Holm's correction over
-        all methods that are tested against the same reference on the same data. ``p`` is NaN without at least two
-        units, ``adjusted`` with 1 to 5 units that differ: that is too few for a test.
+        One-sided, in the direction of the change, by flips of the units' signs; as it is, and with Holm's correction
+        over all methods that are compared with the same reference on the same data. NaN with fewer than 6 units.
     """
 
     method: str
     reference: str
     units: int
-    differing: int
     change: float
+    low: float
+    high: float
     share_better: float
-    ranks: float
     p: float
     adjusted: float
 
     @property
     def verdict(self) -> str:
-        """``"better"``, ``"worse"``, ``"no different"`` or ``"too few"``, by ranks; empty without any unit."""
-        if math.isnan(self.adjusted):
-            return "too few" if self.units else ""
-        if self.adjusted >= LEVEL:
-            return "no different"
-        return "better" if self.ranks < 0 else "worse"
+        """One of :data:`gluonts_peft.words.WORDS`."""
+        return word_of(self.change, self.adjusted, self.units)
 
-    @property
-    def note(self) -> str:
-        """That the mean change has another direction than the ranks, if so: a few units outweigh most others."""
-        return "mean and ranks disagree" if self.change * self.ranks < 0 else ""
+    def evidence(self, score: str, unit: str) -> str:
+        """Return what the verdict rests on, see :func:`gluonts_peft.words.evidence`; the unit is in the plural."""
+        if math.isnan(self.change):
+            return f"{counted(self.units, unit)} cannot tell"
+        if self.change == 0:
+            return f"{score} equal to that of {self.reference} ({counted(self.units, unit)})"
+        interval = None if math.isnan(self.low) else (self.low, self.high)
+        # The interval is of one comparison, the word of all.
+        lost = self.p < LEVEL <= self.adjusted
+        note = f"p {p_value(self.adjusted)} with Holm's correction for all methods" if lost else ""
+        return evidence(score, self.change, interval, self.units, unit, self.reference, note)
 
 
-def signed_ranks(differences: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-    """Test by Wilcoxon's signed ranks whether differences lie around 0.
-
-    Differences of 0 are dropped, equal sizes share the mean of their ranks. Up to :data:`EXACT` differences, the
-    p-value is the share of all assignments of signs whose sum of signed ranks is as far from 0 as the one found, or
-    farther: exact, with ties too. Beyond, the sum is taken as normal, with its variance corrected for ties.
-
-    Parameters
-    ----------
-    differences
-        One a unit, finite.
-
-    Returns
-    -------
-    tuple[float, float]
-        The sum of signed ranks relative to the largest possible, from -1 to 1, and the two-sided p-value; 0 and 1 if
-        nothing differs.
-
-    References
-    ----------
-    Wilcoxon (1945), Individual comparisons by ranking methods. Pratt and Gibbons (1981), Concepts of Nonparametric
-    Theory, for the exact distribution with ties.
-
-    Examples
-    --------
-    >>> signed_ranks([-0.3, -0.1, 0.0, -0.2, -0.4])
-    (-1.0, 0.125)
-    """
-    from scipy.stats import norm, rankdata
-
-    values = np.asarray(differences, dtype=float)
-    values = values[values != 0]
-    if not len(values):
-        return 0.0, 1.0
-    # Twice the ranks are integers, with ties too.
-    ranks = np.rint(2 * rankdata(np.abs(values))).astype(int)
-    total = int(ranks.sum())
-    found = int((np.sign(values) * ranks).sum())
-    if len(values) > EXACT:
-        return found / total, float(2 * norm.sf(abs(found) / math.sqrt(float((ranks.astype(float) ** 2).sum()))))
-    # shares[s]: of the assignments of signs, those in which the positive ranks sum to s. Multiples of 2**-50 are exact.
-    shares = np.zeros(total + 1)
-    shares[0] = 1.0
-    for rank in ranks:
-        shares /= 2
-        shares[rank:] += shares[:-rank].copy()
-    sums = 2 * np.arange(total + 1) - total
-    return found / total, float(shares[np.abs(sums) >= abs(found)].sum())
+def p_value(p: float) -> str:
+    """Return a p-value as it is printed."""
+    return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, name: str = "") -> pd.Series:
@@ -169,7 +119,7 @@ def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, na
 
 
 def compare(errors: Mapping[str, pd.Series], references: Mapping[str, str]) -> list[Comparison]:
-    """Test methods against their references, with one correction for each set of names of references.
+    """Compare methods with their references, with one correction over all of them.
 
     Parameters
     ----------
@@ -181,29 +131,79 @@ def compare(errors: Mapping[str, pd.Series], references: Mapping[str, str]) -> l
     Returns
     -------
     list[Comparison]
-        In the order of ``references``, without methods of which one side has no errors.
+        In the order of ``references``, without methods that have no unit in common with their reference.
     """
-    found = []
+    found: list[dict[str, Any]] = []
     for method, reference in references.items():
         if method not in errors or reference not in errors:
             continue
         both = pd.concat([errors[method], errors[reference]], axis=1, join="inner").to_numpy(float)
         both = both[~np.isnan(both).any(axis=1)]
+        if not len(both):
+            continue
         difference = np.array([_difference(*pair) for pair in both])
-        differing = int(np.count_nonzero(difference))
-        ranks, p = signed_ranks(difference)
-        base = float(both[:, 1].mean()) if len(both) else 0.0
-        change = 100.0 * float(difference.mean()) / base if base else math.nan
-        share = float((difference < 0).mean()) if len(difference) else math.nan
-        p = p if len(difference) > 1 else math.nan
-        found.append((method, reference, len(difference), differing, change, share, ranks, p))
-    # What could not be rejected whatever was found is no hypothesis of the family.
-    adjusted = holm([row[-1] if row[3] >= LEAST else math.nan for row in found])
-    equal = [not row[3] and not math.isnan(row[-1]) for row in found]
+        row = {"method": method, "reference": reference, "units": len(both)}
+        row |= {"share_better": float((difference < 0).mean()), **_tested(difference, float(both[:, 1].mean()))}
+        found.append(row)
+    # A family of hypotheses for each direction: that methods are better, and that they are worse.
+    better, worse = (holm([row.pop(name) for row in found]) for name in ("better", "worse"))
     return [
-        Comparison(*row, adjusted=1.0 if same else value)
-        for row, value, same in zip(found, adjusted, equal, strict=True)
+        Comparison(**row, adjusted=up if row["change"] > 0 else down)
+        for row, down, up in zip(found, better, worse, strict=True)
     ]
+
+
+def _tested(difference: Floats, base: float) -> dict[str, float]:
+    """Return change and interval in per cent, p in its direction, and p of either direction."""
+    known = len(difference) > 1 and base > 0
+    change = 100.0 * float(difference.mean()) / base if known else math.nan
+    low = high = better = worse = math.nan
+    if known and len(difference) >= LEAST_UNITS:
+        # In units of the reference, so that rounding is what it is for scores of the order of 1.
+        relative = difference / base
+        better, low, high = flip_test(relative[None])
+        worse = flip_test(-relative[None])[0]
+    p = worse if change > 0 else better
+    return {"change": change, "low": 100 * low, "high": 100 * high, "p": p, "better": better, "worse": worse}
+
+
+def against_zero_shot(scores: Mapping[str, pd.Series], score: str) -> pd.DataFrame | None:
+    """Compare the models of a backtest with the one that is called ``"zero-shot"``.
+
+    Parameters
+    ----------
+    scores
+        Model -> error of each window, indexed by item and start. Units are the series, or the windows of a single one.
+        ``"model"`` is tested by itself, all others, naive ones, together.
+    score
+        Name of the error.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a model, with ``verdict``, ``change %``, ``low %``, ``high %``, ``units`` and ``sentence``, missing for
+        zero-shot itself. None if there is nothing to compare.
+    """
+    if "zero-shot" not in scores or len(scores) < 2:
+        return None
+    errors, unit = dict(scores), "windows"
+    if errors["zero-shot"].index.get_level_values(0).nunique() > 1:
+        errors, unit = {name: each.groupby(level=0, sort=False).mean() for name, each in errors.items()}, "series"
+    families = [["model"], [name for name in scores if name not in ("zero-shot", "model")]]
+    rows = {
+        each.method: {
+            "verdict": each.verdict,
+            "change %": each.change,
+            "low %": each.low,
+            "high %": each.high,
+            "units": each.units,
+            "sentence": f"{each.verdict}, {each.evidence(score, unit)}",
+        }
+        for family in families
+        for each in compare(errors, dict.fromkeys(family, "zero-shot"))
+    }
+    frame: pd.DataFrame = pd.DataFrame.from_dict(rows, orient="index").reindex(list(scores))
+    return frame
 
 
 def _difference(error: float, reference: float) -> float:

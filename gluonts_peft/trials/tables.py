@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..words import PROVEN, WORSE
 from .grid import STUDY, expand, read_study, trial_folder
 from .spec import BASELINE, TRAINED, SpecError, TrialResult, TrialSpec, describe_adapter
 
@@ -30,12 +31,12 @@ METRICS = {
     "quantile loss": "mean_weighted_sum_quantile_loss",
 }
 COVERAGE = "coverage 80 %"
+#: What verdicts are about.
 JUDGE = "MAE"
-
-BETTER, TIE, WORSE, TOO_FEW = "better", "tie", "worse", "too few"
-# Paired tests over patients say "no different", a spread over seeds says "tie".
-NO_DIFFERENT = "no different"
-MARKS = {BETTER: "▲", TIE: "≈", NO_DIFFERENT: "≈", WORSE: "▼", TOO_FEW: TOO_FEW, "": ""}
+#: Header of the intervals of changes.
+INTERVAL = "90 % interval"
+#: Words that a table may emphasise, and their class in a page. No interval of such a change holds 0.
+CLAIMS = {PROVEN: "proven", WORSE: "worse"}
 
 
 def load_results(folder: str | Path) -> list[TrialResult]:
@@ -68,20 +69,21 @@ def table(
     expected
         Trials that should be there; those without a result are counted as missing.
     tests
-        Of :func:`gluonts_peft.trials.sections.tests_of`, if the errors of the windows are known: then the verdict on a
-        method is that of its paired test against zero-shot, whatever the seeds say.
+        Of :func:`gluonts_peft.trials.sections.tests_of`: what the verdicts rest on. Without them, and where the scores
+        of windows are not known, there are none.
 
     Returns
     -------
     pandas.DataFrame
         Indexed by ``data`` and ``method``: naive baselines, ``zero-shot``, adapters, ``full``, networks trained from
-        scratch. Columns: ``trainable
-        parameters``, each of :data:`METRICS`, ``coverage 80 %`` (share of labels between the 0.1 and 0.9 quantiles),
-        ``seconds`` of training and ``peak memory MB``, each with a column ``... std`` (NaN for a single seed); numbers
-        of ``finished``, ``failed`` and ``missing`` trials and of those that ``gate passed``; ``change %``, the mean of
-        the relative differences of the MAE to zero-shot with the same seed, and its ``verdict``: ``better`` or
-        ``worse`` than zero-shot, or ``tie`` where the mean difference is within one standard deviation over seeds (with
-        ``tests``: ``better``, ``worse``, ``no different`` or ``too few``, and what it rests on as ``tested``); the
+        scratch. Columns: the ``verdict`` on the method against zero-shot, one of :data:`gluonts_peft.words.WORDS`, or
+        empty; ``change %``, the change of the mean MAE over units, with its 90 % interval, ``low %`` to ``high %``,
+        the number of ``units`` and what a ``unit`` is (without a verdict it is the mean change over seeds, and has no
+        interval); each of :data:`METRICS`, ``coverage 80 %`` (share of labels between the 0.1 and 0.9 quantiles),
+        ``trainable parameters``, ``seconds`` of training and ``peak memory MB``, each but the parameters with a column
+        ``... std``, the standard deviation over seeds (NaN for a single seed); numbers of ``finished``, ``failed`` and
+        ``missing`` trials, and of those whose own verdict ``handed over`` the tuned model; the ``sentence`` of the
+        verdict; the
         ``error`` of the first failed trial; ``kind``: what the method is; and ``MAE on <name>`` for further data of
         ``TrialSpec.also``. MSE, MAE and DTW have the unit of the data, MAPE is a fraction.
     """
@@ -91,18 +93,21 @@ def table(
         frame.index = pd.MultiIndex.from_tuples([(row.data, row.method) for row in rows], names=["data", "method"])
     if rows and tests is not None:
         own = tests[(tests["against"] == ZERO_SHOT) & (tests["scored on"] == tests["data"])]
-        found = {(test["data"], test["method"]): test for _, test in own.iterrows()}
-        frame["verdict"] = [found[key]["verdict"] if key in found else "" for key in frame.index]
-        frame["tested"] = [_tested(found[key]) if key in found else "" for key in frame.index]
+        for _, test in own.iterrows():
+            key = (test["data"], test["method"])
+            for name in ("verdict", "change %", "low %", "high %", "units", "unit", "sentence"):
+                frame.loc[key, name] = test[name]
     return frame
 
 
-def _tested(test: pd.Series) -> str:
-    units = f"{test['units']} {test['unit'] if test['units'] == 1 or test['unit'] == 'series' else test['unit'] + 's'}"
-    if test["verdict"] == TOO_FEW:
-        return f"{test['differing']} of {units} differ: too few for a test"
-    p = "p < 0.001" if test["adjusted"] < 0.001 else f"p = {test['adjusted']:.3f}"
-    return ", ".join(filter(None, [f"{units}, {p}", test["note"]]))
+def judged(row: pd.Series) -> list[str]:
+    """Return verdict, change and interval of a row as they are printed: the first columns of every table."""
+    change, low, high = row["change %"], row["low %"], row["high %"]
+    return [
+        "–" if pd.isna(row["verdict"]) or not row["verdict"] else row["verdict"],
+        "–" if pd.isna(change) else f"{change:+.2f} %",
+        "–" if pd.isna(low) else f"{low:+.2f} to {high:+.2f} %",
+    ]
 
 
 NAIVE_KIND, ZERO_SHOT, ADAPTER, FULL, SCRATCH = KINDS = (
@@ -142,44 +147,38 @@ class Row:
         std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
         return {name: mean, f"{name} std": std}
 
-    def changes(self) -> list[float]:
-        """Differences of the MAE to zero-shot of the same seed, or for a naive baseline to zero-shot of each seed."""
+    def change(self) -> float:
+        """Return the change of the MAE in per cent of zero-shot, each seed against zero-shot of the same seed."""
         found = []
         for result in self.finished:
             score = as_float(result.scores.get(METRICS[JUDGE]))
+            # Naive baselines have no seed.
             seeds = list(self.zero_shot) if self.kind == NAIVE_KIND else [result.spec.seed]
             found += [score - self.zero_shot[seed] for seed in seeds if seed in self.zero_shot]
-        return [change for change in found if math.isfinite(change)]
-
-    def verdict(self) -> tuple[float, str]:
-        """Return the mean change in per cent of zero-shot, and whether it is better, worse or a tie."""
-        changes = self.changes()
-        if self.kind == ZERO_SHOT or not changes:
-            return math.nan, ""
-        mean = float(np.mean(changes))
-        spread = float(np.std(changes, ddof=1)) if len(changes) > 1 else 0.0
-        percent = 100 * mean / float(np.mean(list(self.zero_shot.values())))
-        return percent, TIE if abs(mean) <= spread else BETTER if mean < 0 else WORSE
+        found = [change for change in found if math.isfinite(change)]
+        if self.kind == ZERO_SHOT or not found:
+            return math.nan
+        return 100 * float(np.mean(found)) / float(np.mean(list(self.zero_shot.values())))
 
     def numbers(self) -> dict[str, Any]:
         parameters = [
             result.trainable_parameters for result in self.finished if result.trainable_parameters is not None
         ]
         gates = [result.gate for result in self.finished if result.gate is not None]
-        change, verdict = self.verdict()
-        numbers: dict[str, Any] = {"trainable parameters": parameters[0] if parameters else math.nan}
+        numbers: dict[str, Any] = {"verdict": "", "change %": self.change(), "low %": math.nan, "high %": math.nan}
+        numbers |= {"units": math.nan, "unit": ""}
         for name, metric in METRICS.items():
             numbers |= self._column(lambda result, metric=metric: result.scores.get(metric), name)  # type: ignore[misc]
         numbers |= self._column(_coverage, COVERAGE)
+        numbers["trainable parameters"] = parameters[0] if parameters else math.nan
         numbers |= self._column(lambda result: result.seconds, "seconds")
         numbers |= self._column(lambda result: result.peak_memory_mb, "peak memory MB")
         return numbers | {
             "finished": len(self.finished),
             "failed": len(self.failed),
             "missing": max(0, self.expected - len(self.results)),
-            "gate passed": sum(bool(gate["passed"]) for gate in gates) if gates else math.nan,
-            "change %": change,
-            "verdict": verdict,
+            "handed over": sum(bool(gate["passed"]) for gate in gates) if gates else math.nan,
+            "sentence": "",
             "error": self.failed[0].error if self.failed else "",
             "kind": self.kind,
             **self._elsewhere(),

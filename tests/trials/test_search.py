@@ -371,7 +371,7 @@ def test_a_winner_that_is_no_better_than_zero_shot_is_said_to_be_so(tmp_path: Pa
     base = quick(training={**BASE["training"], "max_epochs": 1, "learning_rate": 1.0})
     path, out = tmp_path / "search.yaml", tmp_path / "out"
     path.write_text(json.dumps(spec(base=base, num_samples=1).normal_form()))
-    with pytest.warns(TuningDidNotHelp, match=r"^the best trial, 0, is no better than zero-shot on the validation"):
+    with pytest.warns(TuningDidNotHelp, match=r"^the best trial, 0: no evidence: "):
         frame = serially(load_search(path), out)
     result = TrialResult.read(out / frame["folder"].iloc[0])
     assert result is not None
@@ -379,20 +379,20 @@ def test_a_winner_that_is_no_better_than_zero_shot_is_said_to_be_so(tmp_path: Pa
     losses = frame[["zero-shot loss", "tuned loss"]].iloc[0].tolist()
     assert losses == [result.gate["zero_shot"], result.gate["tuned"]]
     assert losses[0] < losses[1]
-    assert not pd.read_csv(out / "ranking.csv")["gate passed"].item()
+    assert not pd.read_csv(out / "ranking.csv")["handed over"].item()
     done = cli(path, "--out", out, "--serial")
     assert result.verdict is not None
     assert result.verdict.word == "no evidence"
     sentence = str(result.verdict)
-    assert frame["verdict"].item() == sentence
-    said = f"of its training ({sentence}): loss {losses[1]:.4g}, zero-shot {losses[0]:.4g}; '{out}/best' holds it"
-    assert said in done.output
-    assert f"best predictor: {out}/best (no better than zero-shot)\n" in done.output
+    assert frame["sentence"].item() == sentence
+    assert f"the best trial, 0: {sentence}, on validation windows; '{out}/best' holds it" in done.output
+    assert f"best predictor: {out}/best (no evidence)\n" in done.output
     assert (out / "best").is_dir()
     console = Console(width=300, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     print_ranking(frame, console)
     table = console.export_text()
-    assert re.search(rf" zero-shot loss +tuned loss +gate passed .*\n.*\n.* {losses[1]:.4g} +no ", table)
+    assert re.search(rf" zero-shot loss +tuned loss +handed over .*\n.*\n.* {losses[1]:.4g} +no ", table)
+    assert re.search(r"\n +rank +trial +verdict +change +90 % interval +status ", table)
 
 
 def test_the_shortest_context_decides_what_all_trials_are_scored_on(tmp_path: Path) -> None:

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-import itertools
 import math
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from scipy.stats import wilcoxon
 
 from gluonts_peft.trials import TrialResult, TrialSpec
-from gluonts_peft.trials.statistics import compare, holm, mean_ranks, patient_errors, signed_ranks
+from gluonts_peft.trials.statistics import against_zero_shot, compare, holm, mean_ranks, patient_errors
+from gluonts_peft.verdict import Candidate, judge
+from gluonts_peft.words import WORDS
 
 BASE = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6, "data": {"vital": "hr"}}
 
@@ -40,127 +38,127 @@ def test_methods_are_compared_on_the_patients_of_both() -> None:
     better, same = base * 0.9, base + rng.normal(0, 0.2, 40)
     errors = {"zero-shot": series(list(base)), "good": series(list(better)), "same": series(list(same))[:30]}
     good, luck = compare(errors, {"good": "zero-shot", "same": "zero-shot", "gone": "zero-shot"})
-    assert (good.method, good.units, good.share_better, good.verdict) == ("good", 40, 1.0, "better")
+    assert (good.method, good.units, good.share_better, good.verdict) == ("good", 40, 1.0, "proven")
     assert good.change == pytest.approx(-10.0)
-    assert good.p == pytest.approx(wilcoxon(better - base).pvalue)
-    assert good.adjusted == pytest.approx(2 * good.p)
-    assert (luck.units, luck.verdict) == (30, "no different")
-    assert luck.p == pytest.approx(wilcoxon(same[:30] - base[:30]).pvalue)
+    assert good.p == 1e-4
+    assert good.adjusted == 2e-4
+    assert luck.units == 30
+    assert luck.low < 0 < luck.high
+    assert luck.verdict == ("better, not proven" if luck.change < 0 else "no evidence")
     (worse,) = compare({"a": series([2.0] * 9), "b": series([1.0] * 9)}, {"a": "b"})
-    assert (worse.verdict, worse.change) == ("worse", pytest.approx(100.0))
+    assert (worse.verdict, worse.change, worse.p) == ("proven worse", pytest.approx(100.0), 2.0**-9)
+
+
+@pytest.mark.parametrize("count", [6, 9, 40, 117])
+@pytest.mark.parametrize("shift", [-0.04, -0.01])
+def test_a_study_and_a_training_say_the_same_of_the_same_scores(count: int, shift: float) -> None:
+    rng = np.random.default_rng(count)
+    base = rng.gamma(4.0, 0.5, count)
+    tuned = base * (1 + shift + 0.005 * rng.permutation(np.linspace(-1, 1, count)))
+    (study,) = compare({"a": series(list(tuned)), "zero-shot": series(list(base))}, {"a": "zero-shot"})
+    verdict = judge(base, [Candidate(0, 1.0, tuned)], unit="patients", score="MAE")
+    assert (study.verdict, study.units, study.p) == (verdict.word, verdict.units, verdict.p)
+    assert (study.change, study.low, study.high) == pytest.approx((verdict.change, verdict.low, verdict.high))
+    assert f"{study.verdict}: {study.evidence('MAE', 'patients')}" == str(verdict)
 
 
 def test_equal_errors_are_no_difference_and_one_patient_says_nothing() -> None:
-    (equal,) = compare({"a": series([1.0, 2.0]), "b": series([1.0, 2.0])}, {"a": "b"})
-    assert (equal.p, equal.verdict) == (1.0, "no different")
+    (equal,) = compare({"a": series([1.0, 2.0] * 4), "b": series([1.0, 2.0] * 4)}, {"a": "b"})
+    assert (equal.p, equal.change, equal.low, equal.high, equal.verdict) == (1.0, 0.0, 0.0, 0.0, "no evidence")
+    assert equal.evidence("MAE", "series") == "MAE equal to that of b (8 series)"
     (single,) = compare({"a": series([1.0]), "b": series([2.0])}, {"a": "b"})
-    assert math.isnan(single.adjusted)
-    assert single.verdict == "too few"
-    (none,) = compare({"a": series([]), "b": series([])}, {"a": "b"})
-    assert (none.units, none.verdict) == (0, "")
+    assert math.isnan(single.change)
+    assert single.verdict == "no evidence"
+    assert single.evidence("MAE", "patients") == "1 patient cannot tell"
+    assert compare({"a": series([]), "b": series([])}, {"a": "b"}) == []
 
 
-def test_the_direction_is_that_of_the_ranks_and_a_mean_that_disagrees_is_said() -> None:
-    """38 of 40 patients better by 0.1, two worse by 30 and 40."""
-    base = np.random.default_rng(0).uniform(50.0, 90.0, 40)
-    method = base - 0.1
-    method[:2] = base[:2] + [30.0, 40.0]
-    (found,) = compare({"a": series(list(method)), "b": series(list(base))}, {"a": "b"})
-    assert found.change > 0
-    assert (found.verdict, found.note, found.differing) == ("better", "mean and ranks disagree", 40)
-    # The 38 ties share the rank 19.5.
-    assert found.ranks == pytest.approx((39 + 40 - 38 * 19.5) / 820)
-    assert found.p < 1e-4
-    (turned,) = compare({"a": series(list(2 * base - method)), "b": series(list(base))}, {"a": "b"})
-    assert (turned.verdict, turned.note, turned.p) == ("worse", "mean and ranks disagree", found.p)
-    (agreeing,) = compare({"a": series(list(base - 0.1)), "b": series(list(base))}, {"a": "b"})
-    assert (agreeing.verdict, agreeing.note, agreeing.ranks) == ("better", "", -1.0)
-
-
-def test_equal_units_are_dropped_and_few_that_differ_are_too_few() -> None:
-    """4 better, 26 equal: 2 of 16 assignments of signs are as extreme."""
-    base = np.arange(10.0, 40.0)
-    method = base.copy()
-    method[:4] -= [0.1, 0.2, 0.3, 0.4]
-    (found,) = compare({"a": series(list(method)), "b": series(list(base))}, {"a": "b"})
-    assert (found.units, found.differing, found.p, found.verdict) == (30, 4, 0.125, "too few")
-    assert math.isnan(found.adjusted)
-
-
-@pytest.mark.parametrize("differing", range(1, 9))
-def test_six_units_that_differ_are_the_least(differing: int) -> None:
-    errors = {"b": series([1.0] * 20), "a": series([0.5] * differing + [1.0] * (20 - differing))}
+@pytest.mark.parametrize("count", range(2, 9))
+@pytest.mark.parametrize(("change", "word"), [(-0.02, "proven"), (0.02, "proven worse")])
+def test_six_units_are_the_least_for_a_proof(count: int, change: float, word: str) -> None:
+    errors = {"b": series([1.0] * count), "a": series([1.0 + change] * count)}
     (found,) = compare(errors, {"a": "b"})
-    assert found.p == 2.0 ** (1 - differing)
-    assert found.verdict == ("too few" if differing < 6 else "better")
+    if count < 6:
+        assert found.verdict == ("better, not proven" if change < 0 else "no evidence")
+        assert math.isnan(found.low)
+        assert "too few for a proof: it takes 6" in found.evidence("MAE", "series")
+    else:
+        assert found.verdict == word
+        assert found.p == 2.0**-count
 
 
-def test_what_is_not_tested_does_not_count_in_the_correction() -> None:
-    base = [1.0] * 20
-    errors = {
-        "base": series(base),
-        "equal": series(base),
-        "few": series([0.5] * 5 + base[5:]),
-        "some": series([0.5] * 7 + base[7:]),
-        "more": series([0.5] * 8 + base[8:]),
-    }
-    found = {each.method: each for each in compare(errors, dict.fromkeys(["equal", "few", "some", "more"], "base"))}
-    assert (found["more"].adjusted, found["some"].adjusted) == (2 * 2.0**-7, 2.0**-6)
-    assert (found["equal"].adjusted, found["equal"].verdict) == (1.0, "no different")
-    assert found["few"].verdict == "too few"
+def test_a_small_gain_is_no_proof_and_a_small_loss_is_one() -> None:
+    base = np.linspace(1.0, 2.0, 50)
+    errors = {"b": series(list(base)), "a": series(list(base * 0.996)), "c": series(list(base * 1.004))}
+    gain, loss = compare(errors, {"a": "b", "c": "b"})
+    assert gain.high < 0
+    assert (gain.verdict, loss.verdict) == ("better, not proven", "proven worse")
 
 
-def test_rounding_makes_neither_differences_nor_ranks() -> None:
+def test_an_interval_that_holds_0_is_never_a_proof() -> None:
+    rng = np.random.default_rng(0)
+    words = set()
+    for number in range(60):
+        base = rng.gamma(4.0, 2.0, 12 + number)
+        errors = {
+            "b": series(list(base)),
+            "a": series(list(base * rng.normal(1 + rng.normal(0, 0.03), 0.08, len(base)))),
+        }
+        (found,) = compare(errors, {"a": "b"})
+        words.add(found.verdict)
+        assert (found.low <= 0 <= found.high) == (found.p >= 0.05)
+        if found.low <= 0 <= found.high:
+            assert found.verdict in ("better, not proven", "no evidence")
+    assert words == set(WORDS)
+
+
+def test_the_correction_is_over_those_that_could_be_proven() -> None:
+    base, ones = series([1.0] * 8), [0.9] * 8
+    errors = {"base": base, "few": series([0.5] * 5), "some": series(ones[:7]), "more": series(ones)}
+    found = {each.method: each for each in compare(errors, dict.fromkeys(["few", "some", "more"], "base"))}
+    assert math.isnan(found["few"].adjusted)
+    assert (found["more"].adjusted, found["some"].adjusted) == (2 * 2.0**-8, 2.0**-7)
+    many = {f"m{number}": series(ones[:6]) for number in range(4)}
+    lost = compare({"base": base, **many}, dict.fromkeys(many, "base"))
+    assert {each.verdict for each in lost} == {"better, not proven"}
+    assert all(each.high < 0 for each in lost)
+    assert lost[0].evidence("MAE", "series").endswith("6 series, p 0.062 with Holm's correction for all methods)")
+
+
+def test_rounding_makes_no_differences() -> None:
     """Errors that are equal on paper, at scales from 1e-9 to 1e9, and averaged in another order."""
     base = np.repeat([1e-9, 1e-3, 0.3, 7.1, 1e9], 2)
     (found,) = compare({"a": series(list((base * 3) / 3 * (1 + 3e-16))), "b": series(list(base))}, {"a": "b"})
-    assert (found.differing, found.verdict) == (0, "no different")
+    assert (found.change, found.share_better, found.verdict) == (0.0, 0.0, "no evidence")
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_verdicts_do_not_depend_on_the_unit_of_the_data(unit: float) -> None:
     rng = np.random.default_rng(1)
-    start = rng.uniform(1.0, 100.0, 12)
-    for change in (0.1, -0.7):
-        (tied,) = compare({"a": series(list(start + change)), "b": series(list(start))}, {"a": "b"})
-        assert tied.p == 2.0**-11
-    signs = np.where(np.arange(12) < 3, 1, -1)
-    (mixed,) = compare({"a": series(list(start + 0.1 * signs)), "b": series(list(start))}, {"a": "b"})
-    assert mixed.p == pytest.approx(signed_ranks(0.1 * signs)[1], abs=0)
+    base = rng.gamma(4.0, 2.0, 30)
+    tuned = base * rng.normal(0.98, 0.05, 30)
+    (found,) = compare({"a": series(list(unit * tuned)), "b": series(list(unit * base))}, {"a": "b"})
+    (plain,) = compare({"a": series(list(tuned)), "b": series(list(base))}, {"a": "b"})
+    assert (found.change, found.low, found.high) == pytest.approx((plain.change, plain.low, plain.high))
+    assert (found.p, found.verdict) == (plain.p, plain.verdict)
 
 
-def by_hand(differences: np.ndarray) -> tuple[float, float]:
-    """Mean ranks by counting, and every assignment of signs."""
-    sizes = [abs(value) for value in differences if value]
-    ranks = np.array([sum(o < size for o in sizes) + (sum(o == size for o in sizes) + 1) / 2 for size in sizes])
-    found = sum(rank if value > 0 else -rank for rank, value in zip(ranks, differences[differences != 0], strict=True))
-    sums = np.array([np.dot(signs, ranks) for signs in itertools.product([-1, 1], repeat=len(sizes))])
-    return found / ranks.sum() if len(ranks) else 0.0, (np.abs(sums) >= abs(found) - 1e-9).mean()
-
-
-@settings(deadline=None, derandomize=True, max_examples=150)
-@given(
-    st.one_of(
-        st.lists(st.integers(-4, 4), max_size=12),  # Ties and zeros.
-        st.lists(st.floats(-1e3, 1e3, allow_subnormal=False), max_size=12),
-    )
-)
-def test_p_values_count_the_assignments_of_signs(values: list[float]) -> None:
-    differences = np.array(values, dtype=float)
-    direction, p = signed_ranks(differences)
-    expected = by_hand(differences)
-    assert direction == pytest.approx(expected[0], abs=1e-12)
-    assert p == pytest.approx(expected[1], abs=1e-12)
-    assert signed_ranks(-differences) == pytest.approx((-direction, p))
-
-
-@pytest.mark.parametrize("count", [6, 13, 30, 49, 50, 51, 80, 400])
-@pytest.mark.parametrize("shift", [0.0, -0.4])
-def test_p_values_are_those_of_scipy_where_it_is_exact_or_normal(count: int, shift: float) -> None:
-    rng = np.random.default_rng(count)
-    values = rng.normal(shift, 1.0, count)
-    with_zeros = np.r_[values, np.zeros(7)]
-    _, p = signed_ranks(with_zeros)
-    assert p == pytest.approx(wilcoxon(values, method="exact" if count <= 50 else "asymptotic").pvalue)
-    if count > 100:
-        tied = np.round(values * 2) / 2
-        assert signed_ranks(tied)[1] == pytest.approx(wilcoxon(tied[tied != 0], method="asymptotic").pvalue)
+def test_a_backtest_tests_the_model_by_itself_and_naive_ones_together() -> None:
+    index = pd.MultiIndex.from_product([[f"s{number}" for number in range(7)], ["2024", "2025"]])
+    ones = pd.Series(1.0, index=index)
+    frame = against_zero_shot({"model": 0.9 * ones, "zero-shot": ones, "last value": 1.5 * ones}, "MAE")
+    assert frame is not None
+    assert list(frame.index) == ["model", "zero-shot", "last value"]
+    assert list(frame["verdict"].fillna("")) == ["proven", "", "proven worse"]
+    interval = "90 % interval -10.00 to -10.00 %, 7 series"
+    assert frame["sentence"]["model"] == f"proven, MAE -10.00 % against zero-shot ({interval})"
+    # The windows of a single series are units themselves.
+    one = ones.loc[["s0"]]
+    few = against_zero_shot({"model": 0.9 * one, "zero-shot": one}, "MAE")
+    assert few is not None
+    assert few["sentence"]["model"].endswith("(2 windows, too few for a proof: it takes 6)")
+    assert against_zero_shot({"model": ones, "last value": ones}, "MAE") is None
+    assert against_zero_shot({"zero-shot": ones}, "MAE") is None
 
 
 def trial(folder: Path, seed: int, errors: dict[str, list[float]], group: str = "patient") -> TrialResult:
