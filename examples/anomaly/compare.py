@@ -6,8 +6,8 @@
 Each series has a clean part at its start: the training part that the UCR archive names, and the probationary part of
 the Numenta Anomaly Benchmark, 15 % of at most 5,000 rows. Adapters and the isolation forest learn on it alone,
 thresholds come from it, and the points after it are scored. MOMENT scores by masked reconstruction, Chronos-Bolt by the
-residual of rolling forecasts, each zero-shot and with LoRA; the zero-shot gate is on, so what LoRA does not improve on
-held-out clean data stays zero-shot. All scores are smoothed alike. Nothing was chosen by looking at the labels. Steps
+residual of rolling forecasts, each zero-shot and with LoRA; without evidence on held-out clean data that LoRA is better,
+zero-shot stays. All scores are smoothed alike. Nothing was chosen by looking at the labels. Steps
 are rows of the files.
 """
 

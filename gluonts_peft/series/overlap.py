@@ -1,6 +1,6 @@
 """Which labels of validation lie inside the training data, and how much of these must be held out for it.
 
-Scores of labels that were trained on flatter: they would choose the epoch, and pass the gate, by memory.
+Scores of labels that were trained on flatter: they would choose the epoch, and the verdict, by memory.
 """
 
 from __future__ import annotations

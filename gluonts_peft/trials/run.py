@@ -91,7 +91,7 @@ def run_trial(
     """Tune, store and backtest as a spec says, and leave a result on disk.
 
     A trial that is finished there is read and not run again; one that was interrupted in training goes on from its last
-    epoch. The tuned model is scored whatever the gate says, and the gate's verdict stands beside its scores.
+    epoch. The tuned model is scored whatever its verdict, which stands beside its scores.
 
     Parameters
     ----------

@@ -391,7 +391,7 @@ class TrialResult(_Spec):
         ``"finished"``, or ``"failed"`` with the reason.
     scores
         Metric to value over all test windows, as :func:`gluonts_peft.backtest` names them; of the tuned model, whatever
-        the gate says. The trial with adapter ``"none"`` holds the zero-shot scores on the same windows. None where a
+        the verdict says. The trial with adapter ``"none"`` holds the zero-shot scores on the same windows. None where a
         score is not finite. Of data in ``TrialSpec.also`` under ``"<name>/<metric>"``.
     counts
         Series and windows that were scored, how many were skipped for which reason, and series to train on.

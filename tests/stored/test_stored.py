@@ -29,6 +29,7 @@ from gluonts_peft.trials import (
     write_report,
 )
 from gluonts_peft.trials.grid import read_study
+from gluonts_peft.words import WORDS
 
 HERE = Path(__file__).parent
 RELEASED = sorted(folder for folder in HERE.iterdir() if folder.is_dir() and (folder / "series.json").is_file())
@@ -119,6 +120,10 @@ def test_a_study_is_finished_and_reported(release: Path, tmp_path: Path) -> None
     scores = [result.scores for result in load_results(folder)]
     assert sorted(map(str, scores)) == sorted(map(str, wanted.values()))
     assert write_report(folder).is_file()
+    # In the words of today, though by the gate of 0.1.0 there was no verdict.
+    tests = pd.read_csv(folder / "tests.csv")
+    assert set(tests["verdict"]) <= set(WORDS)
+    assert (folder / "report.md").read_text().splitlines()[2].startswith(f"**{tests['data'][0]}**: ")
 
 
 def test_a_search_is_finished_and_ranked(release: Path, tmp_path: Path) -> None:
@@ -127,7 +132,7 @@ def test_a_search_is_finished_and_ranked(release: Path, tmp_path: Path) -> None:
     before = _traces(folder)
     assert len(before) == 2
     wanted = pd.read_csv(folder / "ranking.csv")
-    with pytest.warns(gluonts_peft.TuningDidNotHelp):
+    with pytest.warns(gluonts_peft.TuningDidNotHelp, match=r"^the best trial, \d: no verdict: loss [\d.]+, zero-shot "):
         found = search(SearchSpec(**writer.SEARCH), folder, serial=True, progress=False)
     assert _traces(folder) == before
     shared = [name for name in wanted.columns if name in found.columns and wanted[name].dtype.kind == "f"]
