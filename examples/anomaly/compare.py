@@ -6,9 +6,9 @@
 Each series has a clean part at its start: the training part that the UCR archive names, and the probationary part of
 the Numenta Anomaly Benchmark, 15 % of at most 5,000 rows. Adapters and the isolation forest learn on it alone,
 thresholds come from it, and the points after it are scored. MOMENT scores by masked reconstruction, Chronos-Bolt by the
-residual of rolling forecasts, each zero-shot and with LoRA; without evidence on held-out clean data that LoRA is better,
-zero-shot stays. All scores are smoothed alike. Nothing was chosen by looking at the labels. Steps
-are rows of the files.
+residual of rolling forecasts, each zero-shot and with LoRA; without evidence on held-out clean data that LoRA is
+better, zero-shot stays. All scores are smoothed alike. Nothing was chosen by looking at the labels. Steps are rows of
+the files.
 """
 
 from __future__ import annotations
