@@ -92,6 +92,8 @@ def evidence(
     parts.append(counted(units, unit))
     if units < LEAST_UNITS:
         parts.append(f"too few for a proof: it takes {LEAST_UNITS}")
+    elif interval is not None and interval[1] < 0 and change > LEAST_CHANGE:
+        parts.append(f"too small for a proof: it takes {LEAST_CHANGE:g} %")
     parts += [note] if note else []
     return f"{score} {change:+.2f} % against {reference} ({', '.join(parts)})"
 

@@ -35,4 +35,8 @@ def test_what_a_word_rests_on_is_one_sentence() -> None:
     assert evidence("MAE", 3.0, None, 1, "stays", "full", "p 0.1") == (
         "MAE +3.00 % against full (1 stay, too few for a proof: it takes 6, p 0.1)"
     )
+    assert evidence("MAE", -0.29, (-0.48, -0.11), 80, "patients").endswith(
+        "80 patients, too small for a proof: it takes -0.5 %)"
+    )
+    assert evidence("MAE", -0.29, (-0.7, 0.0), 80, "patients").endswith("80 patients)")
     assert [counted(1, unit) for unit in ("patients", "series", "windows")] == ["1 patient", "1 series", "1 window"]
