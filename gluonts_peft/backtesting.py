@@ -168,6 +168,9 @@ def backtest(
     -----
     Missing labels count in no metric. MAPE leaves out labels that are zero. ``mean_weighted_sum_quantile_loss`` divides
     by the sum of absolute labels, over all windows or, with ``per_window``, over one; where that is 0 it is not finite.
+
+    ``MASE[0.5]``, like the other means, is one over observed labels, as in ``gluonts.ev``: windows count by how many of
+    their labels are observed. The plain mean of its rows ``per_window`` counts them alike and is another number.
     """
     options: dict[str, Any] = dict(
         windows=windows,

@@ -677,6 +677,8 @@ def backtest(
             frame.to_csv(part, index_label="model")
     title = f"{counts['windows']} windows of {counts['series']} series, {predictor.prediction_length} steps each"
     _table(("metric", *frame.index), rows, title, right=1)
+    if "MASE[0.5]" in frame:
+        _say("MASE[0.5] weighs windows by their observed labels, as gluonts.ev does")
 
 
 @app.command(epilog=_example("detect ward.csv --family moment --calibration 0.25 --out anomalies"))
@@ -869,15 +871,20 @@ def study(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the trials and how long they will take, and run none of them.")
     ] = False,
+    export: Annotated[
+        str | None, typer.Option(help="fev: also write OUT/fev.csv, a summary as the library fev has it.")
+    ] = None,
 ) -> None:
     """Run the trials of a study; a second run continues the first."""
+    if export is not None:
+        _one_of("--export", export, ("fev",))
     if dry_run:
         if ray or address is not None:
             named = "--ray" if address is None else f"--address {address}"
             raise ValueError(f"{named} does not go with --dry-run, which measures on this machine; leave one out")
         return _estimate_study(spec, out, jobs, dict(map(_override, set_ or ())))
     executor = _on_ray(out, jobs, address) if ray or address is not None else {}
-    _run_study(spec, out, jobs, dict(map(_override, set_ or ())), **executor)
+    _run_study(spec, out, jobs, dict(map(_override, set_ or ())), export=export is not None, **executor)
 
 
 def _estimate_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any]) -> None:
@@ -930,12 +937,16 @@ def demo(
     _run_study(spec, out, jobs, {} if data is None else real)
 
 
-def _run_study(spec: Path, out: Path, jobs: int, overrides: dict[str, Any], **options: Any) -> None:
-    from .trials import load_study, print_table, run_study, write_report
+def _run_study(
+    spec: Path, out: Path, jobs: int, overrides: dict[str, Any], export: bool = False, **options: Any
+) -> None:
+    from .trials import export_fev, load_study, print_table, run_study, write_report
 
     results = run_study(load_study(spec, overrides), out, jobs=jobs, progress=sys.stderr.isatty(), **options)
     print_table(results, _console(), folder=out)
     _say(f"report: {write_report(out)}")
+    if export and any(result.status == "finished" for result in results):
+        _say(f"summary for fev: {export_fev(out, out / 'fev.csv')}")
     if failed := sum(result.status == "failed" for result in results):
         _say(f"error: {failed} of {len(results)} trials failed; run it again to try these again", stderr=True)
         raise typer.Exit(1)

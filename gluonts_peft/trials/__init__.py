@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cluster import ClusterError, on_ray
+    from .data import load_data
     from .grid import estimate, expand, run_study
+    from .leaderboards import export_fev, fev_summaries, leaderboard
     from .records import print_ranking, ranking
     from .report import load_results, print_table, table, write_report
-    from .run import load_data, run_trial
+    from .run import run_trial
     from .searching import search
     from .space import SearchSpec, load_search, search_schema
     from .spec import DataSpec, SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, load_study
@@ -42,7 +44,10 @@ _HOME = {
     "TrialSpec": "spec",
     "estimate": "grid",
     "expand": "grid",
-    "load_data": "run",
+    "export_fev": "leaderboards",
+    "fev_summaries": "leaderboards",
+    "leaderboard": "leaderboards",
+    "load_data": "data",
     "load_results": "report",
     "load_study": "spec",
     "print_table": "report",
@@ -63,6 +68,9 @@ __all__ = [
     "TrialSpec",
     "estimate",
     "expand",
+    "export_fev",
+    "fev_summaries",
+    "leaderboard",
     "load_data",
     "load_results",
     "load_search",

@@ -258,7 +258,7 @@ def _reads(path: Path, text: str) -> bool:
 
 def _expected(trials: list[TrialSpec]) -> dict[str, Any]:
     """Return what must be the same everywhere, as it is here."""
-    from .run import load_data
+    from .data import load_data
 
     relative = {
         f"data.{name} '{path}' is relative"
@@ -346,7 +346,7 @@ def _probe(probes: str, mark: str, node: str, expected_text: str) -> list[str]:
             faults.append(f"{name} is {there}, the driver has {here}")
     if faults:
         return faults
-    from .run import load_data
+    from .data import load_data
     from .spec import DataSpec
 
     for text, fingerprint in expected["data"]:

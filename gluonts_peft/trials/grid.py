@@ -250,7 +250,7 @@ def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
 def _check_usable(trials: list[TrialSpec]) -> None:
     """Make sure that adapters know their options and that data can be read, which a trial learns only when it runs."""
     from ..registry import get_adapter
-    from .run import load_data
+    from .data import load_data
 
     faults = []
     for adapter in {json.dumps(trial.adapter): trial.adapter for trial in trials}.values():
@@ -269,7 +269,7 @@ def _check_usable(trials: list[TrialSpec]) -> None:
 
 def _check_unchanged(folder: Path, done: list[TrialResult]) -> None:
     from .cluster import base_fingerprints
-    from .run import load_data
+    from .data import load_data
 
     used = {(result.spec.data, result.data_fingerprint) for result in done}
     used |= {(data, result.also_fingerprints.get(name)) for result in done for name, data in result.spec.also.items()}

@@ -18,6 +18,7 @@ from ..files import write_atomically
 from ..words import PROVEN, WORDS
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
 from .grid import expand, read_study, trial_folder
+from .leaderboards import leaderboard_section
 from .sections import (
     PLURAL,
     Section,
@@ -43,6 +44,7 @@ from .tables import (
     SCRATCH,
     ZERO_SHOT,
     Row,
+    counts_of,
     data_of,
     decimals_of,
     judged,
@@ -85,7 +87,8 @@ def print_table(
 
     console = console or Console()
     results = list(results)
-    frame = table(results, tests=None if folder is None else tests_of(rows_of(results, []), Path(folder)))
+    rows = rows_of(results, [])
+    frame = table(results, tests=None if folder is None else tests_of(rows, Path(folder)))
     for data in data_of(frame):
         view = _View(part_of(frame, data))
         console.print(Text(f"{data}: {_verdict_of(part_of(frame, data))}"))
@@ -101,6 +104,11 @@ def print_table(
         console.print(Text(view.legend(), style="dim"))
         for method, error in view.errors.items():
             console.print(Text(f"failed: {method}: {error}", style="red"))
+    if board := leaderboard_section(frame, rows):
+        printed = Table(*board.headers, title=board.title, title_justify="left", box=SIMPLE)
+        for cells in board.cells:
+            printed.add_row(*map(Text, cells))
+        console.print(printed, Text(board.note, style="dim"))
 
 
 def write_report(folder: str | Path) -> Path:
@@ -133,6 +141,7 @@ def write_report(folder: str | Path) -> Path:
     title = f"{study.title} ({_where(expected)})"
     sections = {data: sections_of(data, frame, rows, tests, folder) for data in data_of(frame)}
     overall = [rank_section(frame)] if len(data_of(frame)) > 1 else []
+    overall += [board] if (board := leaderboard_section(frame, rows)) else []
     write_atomically(folder / "report.md", _markdown(title, frame, results, expected, sections, overall))
     path = folder / "report.html"
     write_atomically(path, _html(title, study, folder, frame, rows, results, expected, sections, overall))
@@ -250,7 +259,7 @@ def _sentences(frame: pd.DataFrame) -> list[tuple[str, str]]:
     found = []
     decimals = decimals_of(frame[JUDGE])
     for method, row in frame.iterrows():
-        seeds = f"{row['finished']:.0f} seed{'s' if row['finished'] != 1 else ''}"
+        seeds = f"{row['seeds']:.0f} seed{'s' if row['seeds'] != 1 else ''}"
         score = f"{JUDGE} {mean_and_std(row[JUDGE], row[f'{JUDGE} std'], decimals)}"
         if not row["finished"]:
             sentence = "no trial has finished" + (f"; the first error: {row['error']}" if row["error"] else "") + "."
@@ -258,7 +267,7 @@ def _sentences(frame: pd.DataFrame) -> list[tuple[str, str]]:
             sentence = f"{score}; what the others are compared with."
         else:
             sentence = f"{_judgement(row)}; {score}, {seeds}."
-            if row["finished"] == 1 and row["kind"] != NAIVE_KIND:
+            if row["seeds"] == 1 and row["kind"] != NAIVE_KIND:
                 sentence += " One seed cannot tell this training from others."
         if not math.isnan(row["handed over"]) and row["handed over"] < row["finished"]:
             sentence += (
@@ -298,14 +307,13 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
         notes.append(f"{note}{again}.")
     counts = sorted(
         {
-            f"{result.spec.data.vital or 'all series'}: {result.counts.get('windows')} windows of"
-            f" {result.counts.get('series')} series"
+            f"{vital}: {found.get('windows')} windows of {found.get('series')} series"
             + "".join(
                 f", {count} {reason.removeprefix('skipped_').replace('_', ' ')} left out"
-                for reason, count in result.counts.items()
+                for reason, count in found.items()
                 if reason.startswith("skipped_") and count
             )
-            for result in finished
+            for vital, found in counts_of(finished)
         }
     )
     if counts:

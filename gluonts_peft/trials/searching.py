@@ -186,7 +186,7 @@ class _Run:
     """A search while it runs: which trial is next, and what is known of the others."""
 
     def __init__(self, spec: SearchSpec, folder: Path, board: _Board) -> None:
-        from .run import load_data
+        from .data import load_data
 
         self.spec, self.folder, self.board = spec, folder, board
         self.started = time.monotonic()
@@ -429,7 +429,8 @@ def _validate(
 ) -> dict[str, float | None]:
     """Return scores on the last windows of the validation part."""
     from ..backtesting import backtest, default_metrics
-    from .run import _counted_not_logged, _finite, _visible, load_data
+    from .data import load_data
+    from .run import _counted_not_logged, _finite, _visible
 
     metrics = [metric for metric in default_metrics() if columns is None or metric(axis=None).name in columns]
     validation = _visible(load_data(spec.data).validation, spec, spec.data, visible_context)

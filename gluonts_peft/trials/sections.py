@@ -237,6 +237,12 @@ def footnote(frame: pd.DataFrame) -> str:
         return "Without the scores of windows, and zero-shot's beside them, there are no verdicts."
     over, unit = " or ".join(f"{count:.0f}" for count in sorted(set(known["units"]))), known["unit"].iloc[0]
     units = PLURAL[unit]
+    folds = max(frame["folds"])
+    split = (
+        f"Each of the {units} is tested once, in one of {folds:.0f} folds, by models that were not trained on it."
+        if folds
+        else f"One split into training and test {units} lies under all of it."
+    )
     caution = " A patient may have several: the test takes them to be independent." if unit == "stay" else ""
     return (
         f"Verdicts and intervals are of {over} test {units}. Errors of windows are averaged within a {unit}, each seed"
@@ -244,7 +250,7 @@ def footnote(frame: pd.DataFrame) -> str:
         f" {LEAST_UNITS} {units}, and one-sided p below {LEVEL} by flips of the {units}' signs, with Holm's correction"
         " over the methods that are compared with the same reference. Proven worse: above 0 by the same test."
         " Better, not proven: below 0 all the same. No evidence: the rest. Intervals are of the level 90 %, each by"
-        f" itself, without the correction. One split into training and test {units} lies under all of it.{caution}"
+        f" itself, without the correction. {split}{caution}"
     )
 
 

@@ -76,6 +76,10 @@ _OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "synthetic": {"series": 100, "steps": 200, "seed": 0},
 }
 _READ = ("hourly", "file")
+# Options of the data that version 0.1 did not have.
+_LATER = ("season", "folds", "fold")
+#: Folds at most: each is a training of its own.
+MOST_FOLDS = 100
 
 
 class SpecError(ValueError):
@@ -169,6 +173,11 @@ class DataSpec(_Spec):
     fractions
         Shares of training, validation and test groups, of all that the source has. Without a validation share the last
         steps of the training series are held out for it.
+    folds, fold
+        Cross-validation: the groups are dealt into so many disjoint parts of equal size, of which number ``fold``, from
+        0, is tested; training and validation share the others in the proportion of their ``fractions``, whose last one
+        becomes ``1 / folds``. So every group is tested exactly once by the trials of all folds. A study that names
+        ``folds`` alone runs all of them, and its tables pool them.
     split_seed
         Seed of the division.
     windows
@@ -194,6 +203,8 @@ class DataSpec(_Spec):
     vital: str | None = None
     group: Literal["patient", "item"] | None = None
     fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    folds: int | None = Field(default=None, ge=2, le=MOST_FOLDS)
+    fold: int | None = Field(default=None, ge=0)
     split_seed: int = Field(default=0, ge=0)
     windows: int = Field(default=3, gt=0)
     train_series: int | None = Field(default=None, gt=0)
@@ -201,10 +212,10 @@ class DataSpec(_Spec):
     season: int | None = Field(default=None, gt=0)
 
     @model_serializer(mode="wrap")
-    def _without_default_season(self, dump: Any) -> dict[str, Any]:
-        # Trials of earlier versions, which had no such option, keep their hash.
+    def _without_later_defaults(self, dump: Any) -> dict[str, Any]:
+        # Trials of earlier versions, which had no such options, keep their hash.
         form: dict[str, Any] = dump(self)
-        return {name: value for name, value in form.items() if (name, value) != ("season", None)}
+        return {name: value for name, value in form.items() if name not in _LATER or value is not None}
 
     @field_validator("patients", mode="before")
     @classmethod
@@ -247,6 +258,17 @@ class DataSpec(_Spec):
                 f"fractions {self.fractions} must be shares of training, validation and test that add up to 1, training"
                 " and test above 0, as (0.7, 0.1, 0.2) are"
             )
+        if self.fold is not None and (self.folds is None or self.fold >= self.folds):
+            known = "data.folds is not given" if self.folds is None else f"there are those from 0 to {self.folds - 1}"
+            raise ValueError(f"fold {self.fold} is none of the folds: {known}")
+        if self.folds is not None and self.fold is None:
+            raise ValueError(
+                f"folds {self.folds}: a trial tests one of them; name it as data.fold, from 0 to {self.folds - 1}, or"
+                " run a study, which tests all"
+            )
+        if self.folds is not None and abs(test - 1 / self.folds) > 1e-6:
+            rest = (1 - 1 / self.folds) / (train + validation)
+            self._set("fractions", (train * rest, validation * rest, 1 / self.folds))
         return self
 
 
@@ -350,6 +372,12 @@ class TrialSpec(_Spec):
                 raise ValueError(f"also: name {name!r} must be there and hold no '/'")
         untrained = {"train_series": None, "train_steps": None}
         self._set("also", {name: data.model_copy(update=untrained) for name, data in self.also.items()})
+        own = (self.data.folds, self.data.fold)
+        for name, data in self.also.items():
+            if (data.folds, data.fold) not in ((None, None), own):
+                raise ValueError(f"also.{name}: folds and fold are those of data, for further data too; drop them")
+        divided = {} if own == (None, None) else {"folds": own[0], "fold": own[1]}
+        self._set("also", {name: DataSpec(**data.normal_form() | divided) for name, data in self.also.items()})
         for data in self.also.values():
             if (data.source, data.path, data.patients) == (self.data.source, self.data.path, None):
                 data._set("patients", self.data.patients)
@@ -369,15 +397,16 @@ class TrialSpec(_Spec):
 
     def name(self) -> str:
         """Return a short name for people; it need not be unique."""
-        parts = [self.data.vital] if self.data.vital else []
+        vital = [self.data.vital] if self.data.vital else []
+        fold = [] if self.data.fold is None else [f"fold {self.data.fold}"]
         if self.checkpoint in NAIVE and self.family == BASELINE:
-            return " ".join([self.checkpoint, *parts])
+            return " ".join([self.checkpoint, *vital, *fold])
         if self.family == BASELINE:
-            return " ".join([self.checkpoint, *parts, f"seed {self.seed}"])
+            return " ".join([self.checkpoint, *vital, f"seed {self.seed}", *fold])
         adapter = describe_adapter(self.adapter)
         if self.ensemble is not None:
             adapter += f" with weight {self.ensemble:g}"
-        return " ".join([self.checkpoint, adapter, *parts, f"seed {self.seed}"])
+        return " ".join([self.checkpoint, adapter, *vital, f"seed {self.seed}", *fold])
 
 
 class TrialResult(_Spec):
@@ -552,9 +581,20 @@ class StudySpec(_Spec):
                 }
 
     def forms(self) -> Iterator[dict[str, Any]]:
-        """Return the base with each combination of the grid's values in it, the last path varying fastest."""
+        """Return the base with each combination of the grid's values in it, the last path varying fastest.
+
+        One that names ``data.folds`` and no fold of them comes once for each.
+        """
         for values in itertools.product(*self.grid.values()):
-            yield _merged(self.base, dict(zip(self.grid, values, strict=True)))
+            form = _merged(self.base, dict(zip(self.grid, values, strict=True)))
+            data = form.get("data")
+            folds = data.get("folds") if isinstance(data, dict) and data.get("fold") is None else None
+            # What is no number of folds is a fault of the trial.
+            if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= MOST_FOLDS:
+                yield form
+                continue
+            for fold in range(folds):
+                yield {**form, "data": {**form["data"], "fold": fold}}
 
 
 def read_yaml(path: str | os.PathLike[str], what: str, keys: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def p_value(p: float) -> str:
 
 
 def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, name: str = "") -> pd.Series:
-    """Return the error of each patient, over its windows and over trials that differ in their seed.
+    """Return the error of each patient, over its windows and over trials that differ in their seed or fold.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, na
     pandas.Series
         Patient -> mean error; empty where no trial has left its windows.
     """
-    columns = []
+    of: dict[int | None, list[pd.Series]] = {}
     for result in results:
         path = trial_folder(folder, result.spec) / windows_file(name)
         data = result.spec.also[name] if name else result.spec.data
@@ -111,10 +111,11 @@ def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, na
             windows = read_scores(path, columns=["item_id", metric])
             items = windows["item_id"].astype(str)
             groups = items.map(patient_of) if data.group == "patient" else items
-            columns.append(windows[metric].groupby(groups.to_numpy()).mean())
-    if not columns:
+            of.setdefault(data.fold, []).append(windows[metric].groupby(groups.to_numpy()).mean())
+    if not of:
         return pd.Series(dtype=float)
-    mean: pd.Series = pd.concat(columns, axis=1).mean(axis=1, skipna=False)
+    # Nobody is tested on two folds.
+    mean: pd.Series = pd.concat([pd.concat(those, axis=1).mean(axis=1, skipna=False) for those in of.values()])
     return mean.dropna()
 
 

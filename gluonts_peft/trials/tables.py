@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ def load_results(folder: str | Path) -> list[TrialResult]:
 def table(
     results: Iterable[TrialResult], expected: Iterable[TrialSpec] = (), tests: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Return a row a method, with means and sample standard deviations over seeds.
+    """Return a row a method, with means and sample standard deviations over seeds; folds are pooled first.
 
     Parameters
     ----------
@@ -131,7 +132,8 @@ class Row:
     expected: int = 0
     references: dict[str, str] = field(default_factory=dict)
     results: list[TrialResult] = field(default_factory=list)
-    zero_shot: dict[int, float] = field(default_factory=dict)
+    # Of each seed and fold.
+    zero_shot: dict[tuple[int, int | None], TrialResult] = field(default_factory=dict)
 
     @property
     def finished(self) -> list[TrialResult]:
@@ -142,23 +144,25 @@ class Row:
         return [result for result in self.results if result.status == "failed"]
 
     def _column(self, read: Callable[[TrialResult], float | None], name: str) -> dict[str, float]:
-        values = np.array([as_float(read(result)) for result in self.finished])
+        values = np.array(pooled((result, as_float(read(result))) for result in self.finished))
         mean = float(values.mean()) if len(values) else math.nan
         std = float(values.std(ddof=1)) if len(values) > 1 else math.nan
         return {name: mean, f"{name} std": std}
 
     def change(self) -> float:
         """Return the change of the MAE in per cent of zero-shot, each seed against zero-shot of the same seed."""
-        found = []
-        for result in self.finished:
-            score = as_float(result.scores.get(METRICS[JUDGE]))
+        pairs = [
+            (before, _judged(result) - _judged(before))
+            for (seed, fold), before in self.zero_shot.items()
+            for result in self.finished
             # Naive baselines have no seed.
-            seeds = list(self.zero_shot) if self.kind == NAIVE_KIND else [result.spec.seed]
-            found += [score - self.zero_shot[seed] for seed in seeds if seed in self.zero_shot]
-        found = [change for change in found if math.isfinite(change)]
+            if result.spec.data.fold == fold and (self.kind == NAIVE_KIND or result.spec.seed == seed)
+        ]
+        found = [change for change in pooled(pairs) if math.isfinite(change)]
         if self.kind == ZERO_SHOT or not found:
             return math.nan
-        return 100 * float(np.mean(found)) / float(np.mean(list(self.zero_shot.values())))
+        before = float(np.mean(pooled((each, _judged(each)) for each in self.zero_shot.values())))
+        return 100 * float(np.mean(found)) / before
 
     def numbers(self) -> dict[str, Any]:
         parameters = [
@@ -174,6 +178,8 @@ class Row:
         numbers |= self._column(lambda result: result.seconds, "seconds")
         numbers |= self._column(lambda result: result.peak_memory_mb, "peak memory MB")
         return numbers | {
+            "folds": max((result.spec.data.folds or 0 for result in self.results), default=0),
+            "seeds": len({result.spec.seed for result in self.finished}),
             "finished": len(self.finished),
             "failed": len(self.failed),
             "missing": max(0, self.expected - len(self.results)),
@@ -219,7 +225,7 @@ def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
     scratch = [forms[trial.hash()] for trial in trials if trial.family == BASELINE and trial.trains]
     data_paths = _varying(
         list(forms.values()),
-        lambda path: (path.startswith("data.") and path not in _LIMITS) or path in _LENGTHS,
+        lambda path: (path.startswith("data.") and path not in (*_LIMITS, "data.fold")) or path in _LENGTHS,
     )
     data_paths.sort(key=lambda path: path != "data.vital")
     model_paths = _varying(models, lambda path: path.split(".")[0] in _MODEL_PATHS)
@@ -277,9 +283,7 @@ def _refer(row: Row, rows: list[Row]) -> None:
         if len(chosen) == 1 and chosen[0] is not row:
             row.references[kind] = chosen[0].method
         if len(chosen) == 1 and kind == ZERO_SHOT:
-            row.zero_shot = {
-                result.spec.seed: as_float(result.scores.get(METRICS[JUDGE])) for result in chosen[0].finished
-            }
+            row.zero_shot = {(result.spec.seed, result.spec.data.fold): result for result in chosen[0].finished}
 
 
 _LENGTHS = ("prediction_length", "context_length")
@@ -313,6 +317,21 @@ def as_float(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
+def pooled(values: Iterable[tuple[TrialResult, float]]) -> list[float]:
+    """Return the mean over folds of the values of each seed, folds weighted by their windows."""
+    of: dict[int, list[tuple[int, float]]] = {}
+    for result, value in values:
+        of.setdefault(result.spec.seed, []).append((result.counts.get("windows", 1), value))
+    return [
+        those[0][1] if len(those) == 1 else math.fsum(w * v for w, v in those) / sum(w for w, _ in those)
+        for those in of.values()
+    ]
+
+
+def _judged(result: TrialResult) -> float:
+    return as_float(result.scores.get(METRICS[JUDGE]))
+
+
 def _coverage(result: TrialResult) -> float | None:
     low, high = result.scores.get("coverage[0.1]"), result.scores.get("coverage[0.9]")
     # Of a point forecast both quantiles are the same; it has no interval.
@@ -331,6 +350,17 @@ def mean_and_std(mean: float, std: float, decimals: int) -> str:
     if math.isnan(mean):
         return "–"
     return f"{mean:.{decimals}f}" + ("" if math.isnan(std) else f" ±{std:.{decimals}f}")
+
+
+def counts_of(results: Iterable[TrialResult]) -> list[tuple[str, dict[str, int]]]:
+    """Return what each trial counted, the folds of one added up, after the name of its kind of data."""
+    of: dict[str, tuple[str, Counter[str]]] = {}
+    for result in results:
+        form = result.spec.normal_form()
+        form["data"].pop("fold", None)
+        name = result.spec.data.vital or "all series"
+        of.setdefault(json.dumps(form), (name, Counter()))[1].update(result.counts)
+    return [(name, dict(counts)) for name, counts in of.values()]
 
 
 def part_of(frame: pd.DataFrame, data: str) -> pd.DataFrame:

@@ -30,6 +30,7 @@ from gluonts_peft.trials import (
     run_study,
     write_report,
 )
+from gluonts_peft.trials import data as data_module
 from gluonts_peft.trials import run as run_module
 from gluonts_peft.trials.identity import read_scores
 
@@ -283,7 +284,8 @@ def test_changed_data_of_also_are_noticed(tmp_path: Path) -> None:
             for item in range(10)
         ]
         pd.concat(rows).to_csv(path, index=False)
-        run_module._load.cache_clear()
+        data_module._load.cache_clear()
+        data_module._series.cache_clear()
 
     write(1.0)
     also = {"other": {"source": "file", "path": str(path), "windows": 1}}
@@ -407,6 +409,8 @@ def test_ready_studies_run(path: Path, tmp_path: Path) -> None:
         tiny |= {"data.train_series": [4, None], "data.train_steps": [40]}
     if "ensemble" in grid:
         tiny["ensemble"] = [None, 0.5]
+    if "folds" in load_study(path).base["data"]:
+        tiny["data.folds"] = 2
     if "also" in load_study(path).base:
         tiny |= {"also.pressure.patients": 20, "also.pressure.hours": 8, "also.synthetic.series": 20}
     out = tmp_path / "out"

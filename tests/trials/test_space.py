@@ -117,6 +117,9 @@ KNOWN = (
         ({"base": {**BASE, "data": {**BASE["data"], "fractions": [0.8, 0.0, 0.2]}}},
          "base: data.fractions (0.8, 0.0, 0.2) have no validation part, and trials are not chosen by their test scores;"
          " name three shares above 0"),
+        ({"base": {**BASE, "data": {**BASE["data"], "folds": 5}}},
+         "base: data: folds 5: a trial tests one of them; name it as data.fold, from 0 to 4, or run a study, which"
+         " tests all"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_with_the_way_out(changes: dict[str, Any], message: str) -> None:

@@ -21,8 +21,8 @@ TRIAL_FIELDS = (
     " training"
 )
 DATA_FIELDS = (
-    "fractions, freq, group, hours, min_hours, path, patients, season, seed, series, source, split_seed, steps,"
-    " train_series, train_steps, vital, windows"
+    "fold, folds, fractions, freq, group, hours, min_hours, path, patients, season, seed, series, source, split_seed,"
+    " steps, train_series, train_steps, vital, windows"
 )
 BASELINES = "deepar, last_value, nbeats, nhits, patch_tst, seasonal_naive, simple_feedforward, tft"
 ROOT = Path(__file__).parents[2]
@@ -68,6 +68,14 @@ def exactly(message: str) -> str:
         ({"data": {"fractions": [0.5, 0.1, 0.1]}},
          "data: fractions (0.5, 0.1, 0.1) must be shares of training, validation and test that add up to 1, training"
          " and test above 0, as (0.7, 0.1, 0.2) are"),
+        ({"data": {"folds": 1}}, "data.folds 1: input should be greater than or equal to 2"),
+        ({"data": {"folds": 5}},
+         "data: folds 5: a trial tests one of them; name it as data.fold, from 0 to 4, or run a study, which tests"
+         " all"),
+        ({"data": {"folds": 5, "fold": 5}}, "data: fold 5 is none of the folds: there are those from 0 to 4"),
+        ({"data": {"fold": 0}}, "data: fold 0 is none of the folds: data.folds is not given"),
+        ({"data": {"folds": 5, "fold": 0}, "also": {"x": {"folds": 3, "fold": 0}}},
+         "also.x: folds and fold are those of data, for further data too; drop them"),
         ({"family": "baseline", "checkpoint": "last_valu", "adapter": "none"},
          f"baseline 'last_valu' is unknown; did you mean 'last_value'? known: {BASELINES}"),
         ({"family": "baseline", "checkpoint": "nhits", "adapter": "none"},
@@ -167,6 +175,30 @@ def test_training_options_and_their_defaults_are_those_of_the_estimator() -> Non
 
     parameters = inspect.signature(PeftEstimator.__init__).parameters
     assert {name: parameters[name].default for name in TrainingSpec.model_fields} == TrainingSpec().model_dump()
+
+
+def test_folds_are_a_part_of_the_trial_and_trials_without_keep_their_hash() -> None:
+    assert not {"folds", "fold"} & set(spec().normal_form()["data"])
+    folded = spec(data={"folds": 4, "fold": 1, "fractions": [0.6, 0.2, 0.2]}, also={"x": {"source": "synthetic"}})
+    # The test part is a fold; training and validation share the others as before.
+    assert folded.data.fractions == pytest.approx((0.5625, 0.1875, 0.25))
+    assert (folded.also["x"].folds, folded.also["x"].fold) == (4, 1)
+    assert TrialSpec(**folded.normal_form()) == folded
+    assert folded.name() == "bolt-nano lora seed 0 fold 1"
+    assert folded.hash() != spec(data={"folds": 4, "fold": 0, "fractions": [0.6, 0.2, 0.2]}).hash()
+
+
+def test_a_study_runs_every_fold_of_every_cell() -> None:
+    form = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 12, "data": {"folds": 3}}
+    study = StudySpec(base=form, grid={"adapter": ["none", "lora"]}, baselines=("last_value",))
+    cells = [(trial.checkpoint, trial.adapter, trial.data.fold) for trial in expand(study)]
+    names = [("last_value", "none"), ("bolt-nano", "none"), ("bolt-nano", "lora")]
+    assert cells == [(*name, fold) for name in names for fold in range(3)]
+    some = StudySpec(base=form, grid={"data.fold": [0, 2]})
+    assert [trial.data.fold for trial in expand(some)] == [0, 2]
+    with pytest.raises(SpecError, match=exactly("study cannot be used: data.folds 'x': input should be a valid integer,"
+                                                " unable to parse string as an integer")):  # fmt: skip
+        StudySpec(base={**form, "data": {"folds": "x"}})
 
 
 def test_names_are_for_people() -> None:
@@ -323,6 +355,13 @@ def test_the_great_study_has_every_adapter_and_baseline() -> None:
     assert set(study.baselines) == {*NAIVE, *TRAINED}
     assert study.grid["data.vital"] == ["hr", "map"]
     assert len(study.grid["seed"]) == 5
+
+
+def test_the_study_over_all_patients_has_every_adapter_and_baseline_too() -> None:
+    great, all_patients = (load_study(ROOT / f"examples/studies/{name}.yaml") for name in ("vitals", "all_patients"))
+    assert all_patients.baselines == great.baselines
+    assert all_patients.grid["adapter"] == great.grid["adapter"]
+    assert all_patients.base["data"]["folds"] == 5
 
 
 def test_the_demo_has_every_adapter_and_stays_small() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -161,8 +162,8 @@ def test_a_backtest_tests_the_model_by_itself_and_naive_ones_together() -> None:
     assert against_zero_shot({"zero-shot": ones}, "MAE") is None
 
 
-def trial(folder: Path, seed: int, errors: dict[str, list[float]], group: str = "patient") -> TrialResult:
-    spec = TrialSpec(**{**BASE, "seed": seed, "data": {"vital": "hr", "group": group}})
+def trial(folder: Path, seed: int, errors: dict[str, list[float]], group: str = "patient", **data: Any) -> TrialResult:
+    spec = TrialSpec(**{**BASE, "seed": seed, "data": {"vital": "hr", "group": group, **data}})
     rows = [(item, error) for item, values in errors.items() for error in values]
     place = folder / "trials" / spec.hash()
     place.mkdir(parents=True)
@@ -179,6 +180,18 @@ def test_errors_are_means_over_windows_then_over_seeds(tmp_path: Path) -> None:
     item = trial(tmp_path, 2, {"1/hr": [1.0, 3.0], "1/map": [5.0]}, group="item")
     assert patient_errors([item], tmp_path, "MAE[0.5]").to_dict() == {"1/hr": 2.0, "1/map": 5.0}
     assert len(patient_errors([], tmp_path, "MAE[0.5]")) == 0
+
+
+def test_folds_add_their_patients(tmp_path: Path) -> None:
+    results = [
+        trial(tmp_path, 0, {"1/hr": [1.0, 3.0], "2/hr": [4.0]}, folds=2, fold=0),
+        trial(tmp_path, 1, {"1/hr": [4.0, 4.0], "2/hr": [6.0]}, folds=2, fold=0),
+        trial(tmp_path, 0, {"3/hr": [7.0], "3/map": [8.0]}, folds=2, fold=1),
+        trial(tmp_path, 1, {"3/hr": [9.0], "3/map": [10.0]}, folds=2, fold=1),
+    ]
+    assert patient_errors(results, tmp_path, "MAE[0.5]").to_dict() == {"1": 3.0, "2": 5.0, "3": 8.5}
+    # A seed that has not finished everywhere counts where it has.
+    assert patient_errors(results[:3], tmp_path, "MAE[0.5]").to_dict() == {"1": 3.0, "2": 5.0, "3": 7.5}
 
 
 def test_ranks_are_averaged_over_data_sets() -> None:

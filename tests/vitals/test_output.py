@@ -143,7 +143,7 @@ def test_the_same_again_is_the_same_bytes_with_rows_in_memory_or_on_disk(folder,
 def test_one_part_for_trials_which_divide_by_patient(folder, tmp_path):
     from gluonts_peft.backtesting import SeasonalNaive, backtest
     from gluonts_peft.trials import DataSpec
-    from gluonts_peft.trials.run import load_data
+    from gluonts_peft.trials.data import load_data
 
     convert(load_eicu, folder, tmp_path / "out", fractions=None)
     convert(load_eicu, folder, tmp_path / "parts")
