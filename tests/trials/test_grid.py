@@ -410,7 +410,7 @@ def test_ready_studies_run(path: Path, tmp_path: Path) -> None:
     if "ensemble" in grid:
         tiny["ensemble"] = [None, 0.5]
     if "folds" in load_study(path).base["data"]:
-        tiny["data.folds"] = 2
+        tiny |= {"data.folds": 2, "adapter": ["none", adapters[-1]], "baselines": ["last_value"]}
     if "also" in load_study(path).base:
         tiny |= {"also.pressure.patients": 20, "also.pressure.hours": 8, "also.synthetic.series": 20}
     out = tmp_path / "out"

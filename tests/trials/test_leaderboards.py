@@ -41,24 +41,29 @@ def random_errors(tasks: int, methods: str = "abcd") -> pd.DataFrame:
     return pd.DataFrame(rng.gamma(2.0, 1.0, (len(methods), tasks)), index=list(methods), columns=columns)
 
 
-def by_hand(errors: pd.DataFrame, reference: str) -> dict[str, tuple[float, float]]:
-    """Skill score and win rate of each method, one comparison after another."""
+def by_task(errors: pd.DataFrame, reference: str) -> dict[str, tuple[list[float], list[float]]]:
+    """Logarithms of relative errors and shares of wins of each method on each data set, one after another."""
     found = {}
     for method in errors.index:
-        logs, wins, games = 0.0, 0.0, 0
+        logs, wins = [], []
         for task in errors.columns:
 
             def relative(name: Any, task: Any = task) -> float:
                 return min(max(errors[task][name] / errors[task][reference], 0.01), 100.0)
 
-            logs += math.log(relative(method))
-            for other in errors.index:
-                if other != method:
-                    games += 1
-                    wins += 1.0 if relative(method) < relative(other) else 0.0
-                    wins += 0.5 if relative(method) == relative(other) else 0.0
-        found[method] = (1.0 - math.exp(logs / errors.shape[1]), wins / games)
+            logs.append(math.log(relative(method)))
+            others = [relative(other) for other in errors.index if other != method]
+            won = [1.0 if relative(method) < other else 0.5 if relative(method) == other else 0.0 for other in others]
+            wins.append(sum(won) / len(won))
+        found[method] = (logs, wins)
     return found
+
+
+def by_hand(errors: pd.DataFrame, reference: str) -> dict[str, tuple[float, float]]:
+    """Skill score and win rate of each method."""
+    count = errors.shape[1]
+    parts = by_task(errors, reference)
+    return {method: (1.0 - math.exp(sum(logs) / count), sum(wins) / count) for method, (logs, wins) in parts.items()}
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 9, 10, 25])
@@ -81,10 +86,11 @@ def test_intervals_are_quantiles_over_data_sets_drawn_again() -> None:
     errors = random_errors(12)
     board = leaderboard(errors, "a")
     draws = np.random.default_rng(123).integers(0, 12, size=(1000, 12))
-    scores = [by_hand(errors.iloc[:, draw].set_axis(range(12), axis=1), "a") for draw in draws]
-    for method in errors.index:
-        for which, name in enumerate(("skill score", "win rate")):
-            wanted = np.quantile([score[method][which] for score in scores], [0.025, 0.975])
+    for method, (logs, wins) in by_task(errors, "a").items():
+        skills = [1.0 - math.exp(sum(logs[task] for task in draw) / 12) for draw in draws]
+        rates = [sum(wins[task] for task in draw) / 12 for draw in draws]
+        for name, scores in (("skill score", skills), ("win rate", rates)):
+            wanted = np.quantile(scores, [0.025, 0.975])
             assert list(board.loc[method, [f"{name} low", f"{name} high"]]) == pytest.approx(list(wanted))
 
 
