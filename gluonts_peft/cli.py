@@ -358,6 +358,9 @@ def fit(
     learning_rate: Rate = None,
     seed: Annotated[int, typer.Option(help="Same seed, same machine, same numbers.")] = 0,
     gate: IfWorse = "fallback",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Recalibrate the quantiles on series that chose nothing.")
+    ] = False,
     task: Annotated[
         str, typer.Option(help="forecast, or reconstruct (for detect and impute; --horizon then has no effect).")
     ] = "forecast",
@@ -380,7 +383,7 @@ def fit(
     _one_of("gate", gate, ("fallback", "raise", "keep"))
     _check_model(None, family, horizon, context)
     _check_names(None, spec)
-    if resume and _is_finished(out, family, checkpoint, horizon if task == "forecast" else None, spec):
+    if resume and _is_finished(out, family, checkpoint, horizon if task == "forecast" else None, spec, calibrate):
         # A run that is killed in its last moments, or is repeated by a scheduler, has nothing left to do.
         return _say(f"--out {out} holds the finished predictor of this run: there is nothing to go on with")
     with _new_folder(out, resume) as training:
@@ -401,6 +404,7 @@ def fit(
             batch_size=batch_size,
             learning_rate=learning_rate,
             gate=gate,
+            calibrate=calibrate,
             seed=seed,
             device=device,
             folder=str(training),
@@ -428,6 +432,7 @@ def fit(
     _facts(
         [
             ("verdict", run.verdict or run.gate),
+            *([] if predictor.calibration is None else [("calibration", predictor.calibration)]),
             ("adapter", repr(tuned)),
             ("trainable parameters", f"{tuned.num_parameters():,}"),
             ("trained", f"{run.epochs} epochs, {run.steps} steps, {run.seconds:.1f} seconds"),
@@ -436,7 +441,9 @@ def fit(
     )
 
 
-def _is_finished(out: Path, family: str, checkpoint: str | None, horizon: int | None, adapter: Any) -> bool:
+def _is_finished(
+    out: Path, family: str, checkpoint: str | None, horizon: int | None, adapter: Any, calibrate: bool
+) -> bool:
     """Whether a folder holds a whole predictor of these options, and no checkpoint of a training."""
     from .files import load_json, opened
 
@@ -448,7 +455,8 @@ def _is_finished(out: Path, family: str, checkpoint: str | None, horizon: int | 
     except (OSError, ValueError, KeyError, TypeError):
         # Whoever opens it says more.
         return False
-    same = found[0] == family and checkpoint in (None, found[1]) and horizon in (None, found[2])
+    same = calibrate == ("calibration" in record)
+    same = same and found[0] == family and checkpoint in (None, found[1]) and horizon in (None, found[2])
     if not same or found[3] is None:
         # Zero-shot was handed over, whatever had been tuned.
         return same
@@ -643,15 +651,18 @@ def backtest(
         any_freq=any_freq,
         visible_context=predictor.backbone.past_length,
     )
-    adapter = predictor.backbone.adapter
-    scores = {"zero-shot" if adapter is None else "model": score(predictor, dataset, num_samples=num_samples, **common)}
+    adapter, own = predictor.backbone.adapter, predictor.calibration
+    plain = adapter is None and own is None
+    scores = {"zero-shot" if plain else "model": score(predictor, dataset, num_samples=num_samples, **common)}
     counts = next(iter(scores.values()))[0].attrs
     if baselines:
         if predictor.backbone.untrained:
             name = predictor.backbone.source.checkpoint
             _say(f"{name} brings no forecasting head: there is no zero-shot to compare with")
-        elif adapter is not None:
-            adapter.detach()
+        elif not plain:
+            if adapter is not None:
+                adapter.detach()
+            predictor.calibration = None
             scores["zero-shot"] = score(predictor, dataset, num_samples=num_samples, **common)
         naive = {"last value": 1}
         without, all_windows = counts["seasonless_windows"], counts["windows"]
@@ -996,12 +1007,15 @@ def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved 
     if file is None:
         raise FileNotFoundError(f"{str(folder)!r} holds neither a predictor ({predictor}) nor an adapter ({adapter})")
 
+    from .calibration import Calibration
     from .files import NewerFormat, load_json, opened, typed
     from .training import Fit
 
     try:
         record = opened(load_json(file))
         base, run = record["base"], typed(Fit, record["fit"], "fit") if record.get("fit") else None
+        stored = record.get("calibration")
+        calibration = [("calibration", typed(Calibration, stored, "calibration"))] if stored else []
         lengths = [(name, record[name]) for name in ("prediction_length", "context_length") if name in record]
         facts = [
             ("what", "predictor" if file.name == predictor else "adapter"),
@@ -1012,6 +1026,7 @@ def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved 
             ("adapter", json.dumps(record["adapter"] or "none")),
             *lengths,
             ("verdict", (run.verdict or run.gate) if run else "-"),
+            *calibration,
             ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         ]
     except NewerFormat as error:

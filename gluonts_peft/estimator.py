@@ -20,6 +20,7 @@ from gluonts.model.estimator import Estimator
 
 from . import __version__
 from .backbone import Backbone
+from .calibration import Calibrator, require_quantiles, set_apart
 from .predictor import PeftPredictor
 from .registry import adapter_names, get_adapter, unknown
 from .series.entries import Door, Unusable, called, check_unusable
@@ -77,6 +78,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     interpolate
         Whether weights between the pretrained and the tuned model may be handed over too, see
         :func:`gluonts_peft.training.fit`.
+    calibrate
+        Recalibrate the quantiles of what is handed over, tuned or zero-shot, on units that neither trained nor chose
+        epoch or weight, see :mod:`gluonts_peft.calibration`: half of the validation units, 20 at least; without
+        validation data a fifth of the training ones, of which nothing is trained on; of a single series half of its
+        validation windows. It is stored with the predictor, and no part of the adapter.
     seed
         Decides initialisation, windows, dropout and sample paths: same seed, same machine, same numbers.
     device
@@ -142,6 +148,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         gate: str = "fallback",
         verdict_unit: str = "series",
         interpolate: bool = True,
+        calibrate: bool = False,
         seed: int = 0,
         device: str = "auto",
         precision: str = "auto",
@@ -195,6 +202,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.gate = gate
         self.verdict_unit = verdict_unit
         self.interpolate = interpolate
+        self.calibrate = calibrate
         self.folder = None if folder is None else Path(folder)
         self.backbone_options = dict(backbone_options or {})
         self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
@@ -262,7 +270,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         Returns
         -------
         PeftPredictor
-            With ``verdict``, and ``fit``: epochs, seconds and losses.
+            With ``verdict``, ``calibration``, and ``fit``: epochs, seconds and losses.
 
         Raises
         ------
@@ -298,13 +306,20 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             label = self.prediction_length * self.validation_windows
             if self.tasks is not None and self.tasks.history:
                 label += backbone.context_length
-            held_out = _without_labels(store, held_out_store, (door.names, held_out_door.names), label)
+            held_out = _without_labels(store, held_out_store, (door.names, held_out_door.names), label, self.calibrate)
         windows = Windows(store, holdout=held_out, **lengths)
         self._settle("training", "trained on", windows, door)
         held_out_windows = Windows(held_out_store, **lengths)
         if validation_data is not None:
             self._settle("validation", "validated on", held_out_windows, held_out_door)
         last = held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
+        calibrator = None
+        if self.calibrate:
+            require_quantiles(backbone, adapter.head_levels, last)
+            last, apart, untrained = set_apart(last, self.verdict_unit, own=validation_data is None)
+            calibrator = Calibrator(apart, self.verdict_unit)
+            if untrained.any():
+                windows = Windows(store, holdout=np.where(untrained, store.lengths, held_out), **lengths)
         validation = list(last)
         joint, before, levels = self.tasks, {}, adapter.head_levels
         score = None
@@ -347,9 +362,16 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                     if not after[name] < earlier:
                         worse = f"no better than before: loss {earlier:.5g} before, {after[name]:.5g} after"
                         warnings.warn(TuningDidNotHelp(f"adapter {adapter!r}, task {name!r}: {worse}"), stacklevel=2)
-        return self._hand_over(backbone, adapter, result, door.found_freq)
+        return self._hand_over(backbone, adapter, result, door.found_freq, calibrator)
 
-    def _hand_over(self, backbone: Backbone, adapter: Adapter, result: Fit, freq: str | None) -> PeftPredictor:
+    def _hand_over(
+        self,
+        backbone: Backbone,
+        adapter: Adapter,
+        result: Fit,
+        freq: str | None,
+        calibrator: Calibrator | None = None,
+    ) -> PeftPredictor:
         """Return the tuned predictor, or what ``gate`` wants without evidence that tuning helped."""
         if not result.gate.passed and adapter.num_parameters():
             message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: {result.verdict or result.gate}"
@@ -367,7 +389,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             fit=result,
             seed=self.options.seed,
             device=self.options.device,
-            freq=freq if tuned else None,
+            freq=freq if tuned or calibrator is not None else None,
+            calibration=None if calibrator is None else calibrator.learn(backbone),
         )
 
     def _store(
@@ -428,12 +451,20 @@ def _relative(
     return joint.relative(joint.scores(backbone, validation, levels), before)
 
 
-def _without_labels(store: SeriesStore, validation: SeriesStore, names: tuple[list[Any], list[Any]], label: int) -> Any:
+def _without_labels(
+    store: SeriesStore, validation: SeriesStore, names: tuple[list[Any], list[Any]], label: int, calibrate: bool
+) -> Any:
     """Return the steps at the end of each training series that hold validation labels; 0 if none does."""
     held = held_back(store, validation, names, label)
     count = int((held > 0).sum())
     if not count:
         return 0
+    if calibrate:
+        raise ValueError(
+            f"calibrate needs series that are not trained on, and validation_data is of the same items as {count} of"
+            f" {len(store)} training series: leave validation_data out, and some of the training series are held out"
+            " for it, or give other series"
+        )
     if (held == store.lengths).all():
         raise ValueError(
             f"the labels of validation_data lie at or before the start of all {count} training series of the same"

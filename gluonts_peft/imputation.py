@@ -138,7 +138,7 @@ def train_reconstruction(
     ----------
     estimator
         Of a family with the capability ``"reconstruct"``. Its ``prediction_length`` and ``validation_windows`` have no
-        effect, ``tasks`` are refused.
+        effect, ``tasks`` and ``calibrate`` are refused.
     training_data
         GluonTS dataset, univariate.
     validation_data
@@ -165,6 +165,8 @@ def train_reconstruction(
         raise ValueError(f"held_out {held_out} is not a share between 0 and 1")
     if estimator.tasks is not None:
         raise ValueError("tasks have no part in train_reconstruction, which has a single one; leave them out")
+    if estimator.calibrate:
+        raise ValueError("calibrate has no part in train_reconstruction, which makes no quantiles; leave it out")
     adapter = get_adapter(estimator.adapter)
     if "head" in adapter_names(estimator.adapter):
         raise ValueError(

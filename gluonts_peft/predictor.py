@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from . import __version__
 from .adapters.base import AdapterError, load_adapter, versions
 from .backbone import Backbone, Source
+from .calibration import Calibration
 from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
 from .registry import families
@@ -63,11 +65,13 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
     freq
         Frequency of the data that the model was tuned on, as ``pandas.Period`` spells it; other data are refused. None,
         as of pretrained models, takes any.
+    calibration
+        What moves the quantiles that the model forecasts, see :mod:`gluonts_peft.calibration`; None leaves them.
 
     Raises
     ------
     ValueError
-        If the model does not forecast that many steps.
+        If the model does not forecast that many steps, or others than the calibration is of.
     """
 
     __version__: str = __version__
@@ -82,10 +86,12 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         device: str = "auto",
         prediction_length: int | None = None,
         freq: str | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         own = backbone.prediction_length
         if prediction_length is not None and not 0 < prediction_length <= own:
             raise ValueError(f"prediction_length {prediction_length} is not from 1 to {own}, what the model forecasts")
+        _check_steps(calibration, own)
         super().__init__(prediction_length=own if prediction_length is None else prediction_length)
         place = resolve_device(device)
         self.backbone = backbone if backbone.device == place else backbone.to(place)
@@ -93,6 +99,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         self.batch_size = batch_size
         self.seed = seed
         self.freq = freq
+        self.calibration = calibration
 
     def __repr__(self) -> str:
         return f"PeftPredictor({self.backbone!r}, prediction_length={self.prediction_length})"
@@ -141,7 +148,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         Yields
         ------
         QuantileForecast or SampleForecast
-            As the family forecasts; each with the ``item_id`` of its entry, as it is.
+            As the family forecasts, after the ``calibration`` if there is one; each with the ``item_id`` of its entry,
+            as it is.
 
         Raises
         ------
@@ -186,6 +194,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 result = reader.forecast(tensors, num_samples=num_samples, generator=generator)
             found = result.values[:, :, : self.prediction_length].cpu()
             values = (found if found.dtype == torch.float64 else found.float()).numpy()
+            if self.calibration is not None:
+                values = self.calibration.apply(values, result.levels, self.calibration.scales(entries))
             refuse_nonfinite(values, names.__getitem__, "forecast")
             yield from _forecasts(entries, values, result.levels)
 
@@ -207,10 +217,13 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             device=str(self.backbone.device),
             prediction_length=prediction_length,
             freq=self.freq,
+            calibration=self.calibration,
         )
 
     def serialize(self, path: Path) -> None:
         """Write the predictor into a folder: JSON and the adapter's tensors, never the base weights.
+
+        A calibration is part of the JSON: plain PEFT opens the adapter without it.
 
         Parameters
         ----------
@@ -262,6 +275,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             "batch_size": self.batch_size,
             "seed": self.seed,
             **({} if self.freq is None else {"freq": self.freq}),
+            **({} if self.calibration is None else {"calibration": asdict(self.calibration)}),
             "fit": None if self.fit is None else asdict(self.fit),
             "versions": versions(),
         }
@@ -344,7 +358,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
     def swap(self, adapter: str | Path) -> None:
         """Exchange the adapter in place; the base weights stay in memory.
 
-        ``fit`` and ``freq`` become those of the predictor that the adapter comes from, None for a bare adapter.
+        ``fit``, ``freq`` and ``calibration`` become those of the predictor that the adapter comes from, None for a bare
+        adapter.
 
         Parameters
         ----------
@@ -358,10 +373,15 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         """
         if self.merged:
             raise AdapterError("a merged predictor cannot exchange its adapter: it is part of the weights now")
-        folder, fit, freq = Path(adapter), None, None
+        folder, fit, freq, calibration = Path(adapter), None, None, None
         if (folder / CONFIG).is_file():
             stored = _read(folder)
             folder, fit, freq = folder / ADAPTER, stored["fit"], stored["settings"]["freq"]
+            calibration = stored["settings"]["calibration"]
+            try:
+                _check_steps(calibration, self.backbone.prediction_length)
+            except ValueError as error:
+                raise PredictorError(f"predictor in {str(adapter)!r} does not fit here: {error}") from None
         backbone = self.backbone
         with backbone.weights.changing():
             before = Snapshot(backbone, backbone.adapter)
@@ -372,7 +392,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             except BaseException:
                 before.restore()
                 raise
-        self.fit, self.freq = fit, freq
+        self.fit, self.freq, self.calibration = fit, freq, calibration
 
     def merge(self) -> None:
         """Fold the adapter into the base weights, in place: same forecasts, no adapter left.
@@ -387,6 +407,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
 
     def export(self, folder: str | Path) -> None:
         """Write base and adapter, merged, in the family's own layout, for use without this project.
+
+        A calibration is no part of it, as a warning says: the quantiles are those of the network.
 
         Parameters
         ----------
@@ -406,12 +428,21 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         adapter = self.backbone.adapter
         if adapter is not None and not adapter.mergeable:
             raise AdapterError(f"adapter {adapter.name!r} cannot be merged: its effect is not a change of the weights")
+        if self.calibration is not None and not self.calibration.empty:
+            warnings.warn(
+                f"the export forecasts without the calibration of this predictor ({self.calibration})", stacklevel=2
+            )
         try:
             with delivering(folder, "model's export") as partial, self.backbone.reading() as reader:
                 partial.mkdir()
                 reader.export(partial)
         except FolderInUse as error:
             raise PredictorError(str(error)) from None
+
+
+def _check_steps(calibration: Calibration | None, steps: int) -> None:
+    if calibration is not None and calibration.steps != steps:
+        raise ValueError(f"the calibration is of {calibration.steps} steps, and the model forecasts {steps}")
 
 
 def _places(base: Path, path: Path) -> dict[str, str]:
@@ -457,6 +488,7 @@ _KEYS = (
     "batch_size",
     "seed",
     "freq",
+    "calibration",
     "fit",
     "versions",
 )
@@ -503,6 +535,7 @@ def _read(folder: Path) -> dict[str, Any]:
                 "seed": as_integer(config["seed"], "seed", 0, 2**63 - 1),
                 "prediction_length": length,
                 "freq": _known_freq(config.get("freq")),
+                "calibration": _calibration(config.get("calibration"), whole),
             },
             "fit": None if fit is None else typed(Fit, fit, "fit"),
         }
@@ -514,6 +547,14 @@ def _read(folder: Path) -> dict[str, Any]:
         raise PredictorError(f"{str(file)!r} cannot be read: {error.strerror}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _calibration(value: Any, steps: int) -> Calibration | None:
+    if value is None:
+        return None
+    found = typed(Calibration, value, "calibration")
+    _check_steps(found, steps)
+    return found
 
 
 def _known_freq(value: Any) -> str | None:

@@ -28,7 +28,7 @@ from .words import BETTER, LEAST_UNITS, LEVEL, NO_EVIDENCE, PROVEN, counted, evi
 if TYPE_CHECKING:
     from .backbone import Backbone, Trajectories
     from .training import Loss
-    from .windows import LastWindows
+    from .windows import LastWindows, SeriesStore
 
 __all__ = [
     "BETTER",
@@ -39,10 +39,12 @@ __all__ = [
     "Candidate",
     "Judge",
     "Verdict",
+    "between",
     "choose",
     "cross_fit",
     "flip_test",
     "judge",
+    "keys_of",
     "quantile_scores",
     "scale",
 ]
@@ -390,7 +392,7 @@ def quantile_scores(
     if levels is None:
         at = np.moveaxis(np.quantile(values, LEVELS, axis=1), 0, 1)
     else:
-        at = np.stack([_between(values, levels, level) for level in LEVELS], axis=1)
+        at = np.stack([between(values, levels, level) for level in LEVELS], axis=1)
     weight = np.asarray(LEVELS)[:, None, None]
     below = truth[:, None] - at
     pinball = 2.0 * np.maximum(weight * below, (weight - 1.0) * below).mean(axis=1)
@@ -402,7 +404,8 @@ def quantile_scores(
     return result
 
 
-def _between(values: Floats, levels: Sequence[float], level: float) -> Floats:
+def between(values: Floats, levels: Sequence[float], level: float) -> Floats:
+    """Return the quantile of a level from those of axis 1: on a line between its neighbours, at the ends the last."""
     position = float(np.interp(level, levels, range(len(levels))))
     low, share = int(position), position % 1.0
     high = min(low + 1, values.shape[1] - 1)
@@ -447,8 +450,7 @@ class Judge:
         self.forecasts = any(isinstance(what, int) for _, what in self.parts)
         self.sampled = False
         self.score_name = "score of all tasks" if len(self.parts) > 1 else _NAMES[self.forecasts]
-        names = [store.item_ids[series] for series in windows.series]
-        keys = [name.partition("/")[0] for name in names] if unit == "patients" else [str(s) for s in windows.series]
+        keys = keys_of(store, windows.series, unit)
         chosen = _spread(keys, MOST_WINDOWS)
         first: dict[int, int] = {}
         for series, cut in zip(windows.series.tolist(), windows.cuts.tolist(), strict=True):
@@ -570,6 +572,13 @@ class Judge:
         sums = np.bincount(index, weights=total[self._good], minlength=len(places))
         result: Floats = sums / np.bincount(index, minlength=len(places))
         return result
+
+
+def keys_of(store: SeriesStore, series: NDArray[np.int64], unit: str) -> list[str]:
+    """Return of each number of a series the unit that it belongs to."""
+    if unit == "patients":
+        return [store.item_ids[number].partition("/")[0] for number in series]
+    return [str(number) for number in series]
 
 
 def _spread(keys: Sequence[str], most: int) -> list[int]:

@@ -86,6 +86,7 @@ ELSEWHERE = {
     "unusable": "test_entries.py",
     "any_freq": "test_entries.py",
     "interpolate": "test_verdict.py",
+    "calibrate": "test_calibration.py",
     "verdict_unit": "test_the_unit_of_a_verdict",
 }
 

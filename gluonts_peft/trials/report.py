@@ -328,6 +328,7 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
     )
     if unused:
         notes.append(f"Without a window to train or validate on, and left out: {'; '.join(unused)}.")
+    notes += _calibrations(finished)
     notes.append(
         "± is the spread over seeds on the same test windows: how much the luck of training matters, not what other"
         " series would give: that is what the intervals say. All scores are of the tuned model, also where its own"
@@ -336,6 +337,14 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
         " most that torch had allocated)."
     )
     return notes
+
+
+def _calibrations(finished: list[TrialResult]) -> list[str]:
+    """Return what calibration did, on the units that it was learnt on."""
+    learnt = [(result.spec.name(), result.calibration) for result in finished if result.calibration is not None]
+    if not learnt:
+        return []
+    return ["Calibrated, on units that chose nothing: " + "; ".join(f"{name}: {each}" for name, each in learnt) + "."]
 
 
 def _markdown(

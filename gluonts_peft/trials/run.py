@@ -296,6 +296,7 @@ def _tune(
         # Zero-shot has nothing to pass.
         "gate": scores if facts["trainable_parameters"] else None,
         "verdict": predictor.verdict,
+        "calibration": predictor.calibration,
         "adapter": PREDICTOR,
         "base": asdict(predictor.backbone.source),
     }

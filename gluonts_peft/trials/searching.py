@@ -9,6 +9,7 @@ between, with other nodes and even without Ray, whose own state is never read ag
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -432,6 +433,10 @@ def _validate(
     from .data import load_data
     from .run import _counted_not_logged, _finite, _visible
 
+    if getattr(predictor, "calibration", None) is not None:
+        # It was learnt on a part of these series, and epochs are scored without.
+        predictor = copy.copy(predictor)
+        predictor.calibration = None
     metrics = [metric for metric in default_metrics() if columns is None or metric(axis=None).name in columns]
     validation = _visible(load_data(spec.data).validation, spec, spec.data, visible_context)
     with _counted_not_logged():

@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..calibration import Calibration
 from ..files import NewerFormat, check_regular, load_json, opened, parse_yaml, record, write_atomically
 from ..registry import Registry, adapters, families, unknown
 from ..trainer_kwargs import check_precision
@@ -68,6 +69,8 @@ _SHARED_TRAINING = (
     "device",
     "precision",
 )
+# What decides how zero-shot is calibrated.
+_CALIBRATING = ("calibrate", "min_context", "validation_windows", "max_validation_windows")
 
 _OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "simulated": {"patients": 200, "hours": 48, "seed": 0},
@@ -273,7 +276,10 @@ class DataSpec(_Spec):
 
 
 class TrainingSpec(_Spec):
-    """How to train: the arguments of :class:`gluonts_peft.PeftEstimator` of the same names, with its defaults."""
+    """How to train: the arguments of :class:`gluonts_peft.PeftEstimator` of the same names, with its defaults.
+
+    ``calibrate`` counts for zero-shot too, so that both are compared as they would be handed over.
+    """
 
     max_epochs: int = Field(default=10, gt=0)
     num_batches_per_epoch: int = Field(default=50, gt=0)
@@ -286,8 +292,15 @@ class TrainingSpec(_Spec):
     min_context: int | None = Field(default=None, gt=0)
     validation_windows: int = Field(default=1, gt=0)
     max_validation_windows: int = Field(default=1024, gt=0)
+    calibrate: bool = False
     device: str = "auto"
     precision: str = "auto"
+
+    @model_serializer(mode="wrap")
+    def _without_default_calibration(self, dump: Any) -> dict[str, Any]:
+        # As with DataSpec.season.
+        form: dict[str, Any] = dump(self)
+        return {name: value for name, value in form.items() if (name, value) != ("calibrate", False)}
 
     @field_validator("precision")
     @classmethod
@@ -365,8 +378,12 @@ class TrialSpec(_Spec):
         if self.adapter == "none":
             self._set("ensemble", None)
         if self.adapter == "none" and self.family != BASELINE:
-            kept = {name: getattr(self.training, name) for name in ("device", "precision")}
-            self._set("training", TrainingSpec(**kept))
+            names = ("device", "precision", *(_CALIBRATING if self.training.calibrate else ()))
+            self._set("training", TrainingSpec(**{name: getattr(self.training, name) for name in names}))
+        if self.ensemble is not None and self.training.calibrate:
+            raise ValueError(
+                f"ensemble {self.ensemble:g} averages quantiles, which undoes training.calibrate; drop one of them"
+            )
         for name in self.also:
             if not name or "/" in name:
                 raise ValueError(f"also: name {name!r} must be there and hold no '/'")
@@ -430,6 +447,8 @@ class TrialResult(_Spec):
     verdict
         That of the training, on the validation windows; None where nothing trains or there is no zero-shot forecast,
         and in results before version 0.2.
+    calibration
+        That of the predictor, with coverage before and after; None where none was asked for.
     trainable_parameters, epochs, steps, learning_rate
         Of the training; None for naive baselines.
     seconds, seconds_forecast, seconds_total
@@ -460,6 +479,7 @@ class TrialResult(_Spec):
     counts: dict[str, int] = Field(default_factory=dict)
     gate: dict[str, float | int | bool | None] | None = None
     verdict: Verdict | None = None
+    calibration: Calibration | None = None
     trainable_parameters: int | None = None
     epochs: int | None = None
     steps: int | None = None
