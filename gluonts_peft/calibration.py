@@ -392,7 +392,7 @@ def require_quantiles(backbone: Backbone, head_levels: Sequence[float] | None, l
         if len(head_levels) == 1:
             raise ValueError(
                 "calibrate has no part in points, and the head forecasts these: give it output 'quantile', as in"
-                " {'name': 'head', 'output': 'quantile'}, or leave calibrate out"
+                " {'name': 'head', 'kind': 'linear', 'output': 'quantile'}, or leave calibrate out"
             )
     elif not backbone.untrained:
         values, _ = _forecast(backbone, last.windows.read(last.series[:1], last.cuts[:1]))
