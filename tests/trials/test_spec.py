@@ -174,7 +174,7 @@ def test_training_options_and_their_defaults_are_those_of_the_estimator() -> Non
     from gluonts_peft import PeftEstimator
 
     parameters = inspect.signature(PeftEstimator.__init__).parameters
-    assert {name: parameters[name].default for name in TrainingSpec.model_fields} == TrainingSpec().model_dump()
+    assert {name: parameters[name].default for name in TrainingSpec.model_fields} == dict(TrainingSpec())
 
 
 def test_folds_are_a_part_of_the_trial_and_trials_without_keep_their_hash() -> None:
