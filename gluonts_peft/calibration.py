@@ -188,7 +188,7 @@ def learn(
     if found.ndim == 3:
         found, truth, seen = found[..., None], truth[..., None], seen[..., None]
     seen = seen & (scales > 0)[:, None]
-    good = seen.any(axis=(1, 2))
+    good: NDArray[np.bool_] = np.asarray(seen.any(axis=(1, 2)))
     if not good.any():
         raise ValueError("no window has an observed label and a scale: there is nothing to calibrate on")
     found, truth, seen, scales = found[good], truth[good], seen[good], np.asarray(scales, dtype=np.float64)[good]
@@ -203,7 +203,7 @@ def learn(
 
     def crossed(kept: NDArray[np.bool_]) -> Floats:
         """Return quantiles of each fold that were moved by what the others say."""
-        result = found.copy()
+        result: Floats = found.copy()
         for fold, table in tables.items():
             here = part == fold
             result[here] = _moved(found[here], levels, np.where(kept[:, None], table, 0.0), scales[here])
@@ -430,7 +430,7 @@ class Calibrator:
         self._scales = np.stack(
             [_scale_before(store, *each, self._season) for each in zip(self._series, self._cuts, strict=True)]
         )
-        good = (self._scales > 0).any(axis=1)
+        good: NDArray[np.bool_] = np.asarray((self._scales > 0).any(axis=1))
         count = len({key for key, kept in zip(self._keys, good, strict=True) if kept})
         if count < LEAST_UNITS:
             raise ValueError(
