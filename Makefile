@@ -1,6 +1,7 @@
 # make install   .venv with everything that the other targets need
 # make demo      adapt the bundled model to ICU-like vitals with every adapter; report in runs/demo/report.html
-# make test      lint, types and the whole test suite
+# make check     lint, types and import contracts
+# make test      the checks and the whole test suite
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= runs/demo
@@ -29,6 +30,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 fix: install
 	$(BIN)/ruff check --fix .

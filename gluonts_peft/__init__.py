@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
+    from .adapters.load import get_adapter
     from .anomaly import detect
     from .backbone import Backbone, load_backbone
     from .backtesting import backtest
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from .imputation import impute
     from .metrics import DTW, DTWPathError
     from .predictor import PeftPredictor
-    from .registry import get_adapter, get_estimator, list_adapters, list_families
+    from .registry import get_estimator, list_adapters, list_families
+    from .series.store import SeriesStore
+    from .series.windows import Windows
     from .training import Gate, TuningDidNotHelp
-    from .windows import SeriesStore, Windows
 
 __version__ = "0.1.0"
 
@@ -34,12 +36,12 @@ _HOME = {
     "Gate": "training",
     "PeftEstimator": "estimator",
     "PeftPredictor": "predictor",
-    "SeriesStore": "windows",
+    "SeriesStore": "series.store",
     "TuningDidNotHelp": "training",
-    "Windows": "windows",
+    "Windows": "series.windows",
     "backtest": "backtesting",
     "detect": "anomaly",
-    "get_adapter": "registry",
+    "get_adapter": "adapters.load",
     "get_estimator": "registry",
     "impute": "imputation",
     "list_adapters": "registry",

@@ -6,20 +6,23 @@ it wants, never how a family names it. :data:`SITES` is the closed set of kinds 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .checkpoint import Checkpoint, CheckpointError, check_finite, fingerprint, parse, resolve
+from .checkpoint import Checkpoint, CheckpointError, fingerprint, parse, resolve
+from .errors import unknown
+from .networks import SENSELESS, Networks, read_network
 from .units import wrap_methods
 from .weights import Weights
 
@@ -28,7 +31,16 @@ if TYPE_CHECKING:
 
     from .adapters.base import Adapter
 
-__all__ = ["CAPABILITIES", "SITES", "Backbone", "Source", "Trajectories", "find_sites", "load_backbone"]
+__all__ = [
+    "CAPABILITIES",
+    "SITES",
+    "Backbone",
+    "ForecastingHead",
+    "Source",
+    "Trajectories",
+    "find_sites",
+    "load_backbone",
+]
 
 SITES: dict[str, str] = {
     "q": "query projections of attention (modules)",
@@ -83,8 +95,38 @@ class Trajectories:
     levels: tuple[float, ...] | None
 
 
-# Folders of checkpoints, as they are on disk -> their networks and fingerprints; None keeps nothing.
-_kept: dict[Any, tuple[nn.Module, str]] | None = None
+#: Where in the network a head lies that takes the place of the family's own.
+NEW_HEAD = "new_head"
+
+
+class ForecastingHead(Protocol):
+    """A module that forecasts from the features of a backbone, in place of the family's own head."""
+
+    def loss(self, features: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the loss of each window, shape ``(batch,)``."""
+
+    def forecast(self, features: Tensor, batch: Mapping[str, Tensor]) -> Trajectories:
+        """Forecast the whole horizon."""
+
+
+def _or_by_new_head(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a family's method that hands over to the new head in the network, if there is one."""
+    name = method.__name__
+    if name not in ("loss", "forecast"):
+        return method
+
+    @wraps(method)
+    def answer(self: Backbone, batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        head = self.new_head
+        if head is None:
+            return method(self, batch, *args, **kwargs)
+        return getattr(head, name)(self.full_features(batch), batch)
+
+    return answer
+
+
+# What this process keeps of checkpoints, if it keeps anything.
+_kept: Networks | None = None
 
 
 def keep_networks() -> None:
@@ -94,66 +136,7 @@ def keep_networks() -> None:
     trial after another.
     """
     global _kept
-    _kept = {} if _kept is None else _kept
-
-
-def _loaded(backbone: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
-    """Return a network and the fingerprint of its weights."""
-    if _kept is None:
-        return _load(backbone, folder), backbone.fingerprint(folder)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    key = (backbone, *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
-    if key not in _kept:
-        _kept[key] = (_load(backbone, folder), backbone.fingerprint(folder))
-    network, digest = _kept[key]
-    # New parameters on the same memory: moving one to a GPU, or training it, leaves the kept network alone.
-    shared: dict[int, Any] = {
-        id(tensor): nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad) for tensor in network.parameters()
-    }
-    shared |= {id(tensor): tensor.detach() for tensor in network.buffers()}
-    return copy.deepcopy(network, shared), digest
-
-
-# What libraries raise where a configuration makes no sense.
-_SENSELESS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-)
-
-# Of what torch allocates on the CPU.
-_ALIGNMENT = 64
-
-
-def _aligned(network: nn.Module) -> nn.Module:
-    """Move tensors that lie at odd addresses, as in a file that is mapped, into memory of torch's own.
-
-    On some processors products of matrices round differently there, so that a model and its copy would not agree bit
-    for bit.
-    """
-    for tensor in (*network.parameters(), *network.buffers()):
-        if tensor.data_ptr() % _ALIGNMENT:
-            tensor.data = tensor.data.clone()
-    return network
-
-
-def _load(backbone: type[Backbone], folder: Path) -> nn.Module:
-    try:
-        network = _aligned(backbone.load_network(folder))
-        check_finite(network, folder)
-        return network
-    except (CheckpointError, ImportError, OSError):
-        raise
-    except Exception as error:
-        # Libraries believe what a configuration says, and fail in any way where it makes no sense.
-        raise CheckpointError(
-            f"checkpoint folder {str(folder)!r} cannot be loaded by family {backbone.family!r}: {type(error).__name__}:"
-            f" {error}; fetch it again"
-        ) from error
+    _kept = Networks() if _kept is None else _kept
 
 
 class Backbone(nn.Module, ABC):
@@ -229,15 +212,13 @@ class Backbone(nn.Module, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        wrap_methods(cls, Backbone)
+        wrap_methods(cls, Backbone, _or_by_new_head)
 
     def __init__(
         self, network: nn.Module, *, prediction_length: int, context_length: int, source: Source, **options: Any
     ) -> None:
         super().__init__()
         if options:
-            from .registry import unknown
-
             # What a subclass does not name in its own signature comes here.
             common = inspect.signature(Backbone.__init__).parameters
             own = inspect.signature(type(self).__init__).parameters.values()
@@ -304,13 +285,13 @@ class Backbone(nn.Module, ABC):
         """
         parsed = parse(checkpoint, bundled=cls.bundled())
         folder, revision = cls.fetch(parsed)
-        network, digest = _loaded(cls, folder)
+        network, digest = read_network(cls, folder) if _kept is None else _kept.get(cls, folder)
         source = Source(cls.family, parsed.name, parsed.kind, revision, digest)
         try:
             backbone = cls.from_network(
                 network, prediction_length=prediction_length, context_length=context_length, source=source, **options
             )
-        except _SENSELESS as error:
+        except SENSELESS as error:
             given = f" with options {options!r}" if options else ""
             raise CheckpointError(
                 f"config.json of checkpoint folder {str(folder)!r} cannot be used by family {cls.family!r}{given}:"
@@ -404,6 +385,41 @@ class Backbone(nn.Module, ABC):
         )
 
     @property
+    def new_head(self) -> ForecastingHead | None:
+        """The head in the network that takes the place of the family's own in :meth:`loss` and :meth:`forecast`."""
+        found: Any = self.network._modules.get(NEW_HEAD)
+        return found  # type: ignore[no-any-return]
+
+    def full_features(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the features of windows that are padded on the left to ``past_length``: as many patches for all.
+
+        Those that the batch brings as ``features``, computed before, are handed back.
+
+        Raises
+        ------
+        ValueError
+            If the targets have several dimensions.
+        """
+        if "features" in batch:
+            return batch["features"]
+        if batch["past_target"].ndim != 2:
+            raise ValueError(
+                f"a new head forecasts one target, and these data have {batch['past_target'].shape[2]}; give each a"
+                " series of its own"
+            )
+        missing = self.past_length - batch["past_target"].shape[1]
+        if missing > 0:
+            batch = {
+                name: tensor if name.startswith("future_") else _pad_start(tensor, missing)
+                for name, tensor in batch.items()
+            }
+        if self.adapter is not None and self.adapter.frozen_features:
+            # Nothing before the head trains, so nothing is dropped out there.
+            with self.inference():
+                return self.features(batch)
+        return self.features(batch)
+
+    @property
     def past_length(self) -> int:
         """Steps of history in a batch; more than ``context_length`` where the network looks back by lags."""
         return self.context_length
@@ -421,8 +437,6 @@ class Backbone(nn.Module, ABC):
         ValueError
             If a kind is unknown or no name, or the family has no site of any of them.
         """
-        from .registry import unknown
-
         given = kinds
         kinds = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
         if not kinds or not all(isinstance(kind, str) for kind in kinds):
@@ -491,6 +505,10 @@ class Backbone(nn.Module, ABC):
         finally:
             for module in training:
                 module.training = True
+
+
+def _pad_start(tensor: Tensor, steps: int) -> Tensor:
+    return functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (steps, 0))
 
 
 def find_sites(

@@ -45,7 +45,8 @@ from gluonts.model.forecast import Forecast, SampleForecast
 from gluonts.model.predictor import Predictor, RepresentablePredictor
 
 from .metrics import DTW, DTWPathError
-from .series.calendar import calendar_of, dated, first_stamp
+from .series.calendar import calendar_of, first_stamp
+from .series.dated import dated
 from .series.entries import Door, EntryError, Unusable, as_array, called
 from .series.season import season_length
 

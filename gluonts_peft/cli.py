@@ -205,7 +205,7 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _one_of(option: str, value: str, known: Iterable[str]) -> None:
-    from .registry import unknown
+    from .errors import unknown
 
     if value not in known:
         raise ValueError(unknown(option, value, known))
@@ -309,9 +309,9 @@ def adapters(
     checkpoint: Annotated[str | None, typer.Option(help="On this checkpoint.  [default: the family's]")] = None,
 ) -> None:
     """List the installed adapters; with --family also how many parameters each trains."""
+    from .adapters.load import get_adapter
     from .backbone import load_backbone
     from .registry import adapters as registry
-    from .registry import get_adapter
 
     backbone = None
     if family or checkpoint:
@@ -391,7 +391,8 @@ def fit(
         dataset = columns.read(data)
         held_out = None if validation is None else columns.read(validation, ignore=True)
 
-        from .registry import get_adapter, get_estimator
+        from .adapters.load import get_adapter
+        from .registry import get_estimator
         from .training import TuningDidNotHelp
 
         estimator = get_estimator(family)(
@@ -461,7 +462,7 @@ def _is_finished(
         # Zero-shot was handed over, whatever had been tuned.
         return same
 
-    from .registry import get_adapter
+    from .adapters.load import get_adapter
 
     wanted = get_adapter(adapter).spec
     # Where a checkpoint brings no head, one is trained along.

@@ -19,17 +19,21 @@ from gluonts.dataset.common import Dataset
 from gluonts.model.estimator import Estimator
 
 from . import __version__
+from .adapters.load import get_adapter
 from .backbone import Backbone
 from .calibration import Calibrator, require_quantiles, set_apart
+from .errors import unknown
+from .objectives import Joint, parse_tasks
 from .predictor import PeftPredictor
-from .registry import adapter_names, get_adapter, unknown
+from .registry import adapter_names
 from .series.entries import Door, Unusable, called, check_unusable
 from .series.overlap import held_back
-from .tasks import Joint, parse_tasks
+from .series.store import SeriesStore
+from .series.windows import Windows
+from .sweep import require_reconstruct
 from .trainer_kwargs import check_trainer_kwargs, resolve_precision
 from .training import Fit, TrainingOptions, TuningDidNotHelp, fit, resolve_device
 from .verdict import UNITS, Judge
-from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
@@ -94,9 +98,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     backbone_options
         Options of the family.
     tasks
-        Several tasks to train for at once, see :func:`gluonts_peft.tasks.parse_tasks`; None trains for forecasts of
-        ``prediction_length`` steps. The gate then scores all of them together, relative to zero-shot, and ``fit.tasks``
-        each; where the checkpoint brings no forecasting head, a task that got worse is a warning.
+        Several tasks to train for at once, see :func:`gluonts_peft.objectives.parse_tasks`; None trains for forecasts
+        of ``prediction_length`` steps. The gate then scores all of them together, relative to zero-shot, and
+        ``fit.tasks`` each; where the checkpoint brings no forecasting head, a task that got worse is a warning.
     progress
         Show a progress bar.
     trainer_kwargs
@@ -281,8 +285,6 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         TuningDidNotHelp
             If ``gate="raise"`` and there is no evidence that tuning helped.
         """
-        from .imputation import require_reconstruct
-
         resolve_precision(self.options.precision, resolve_device(self.options.device))
         self.skipped = {}
         backbone = self.load_backbone()

@@ -19,38 +19,27 @@ default (64 of 768), ``rank`` the largest with which the two steps have a tenth 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from tqdm import tqdm
 
 from .adapters.base import Adapter, AdapterError, copy_into
 from .adapters.selective import head as own_head
-from .backbone import Trajectories
-from .registry import unknown
+from .backbone import NEW_HEAD, Trajectories
+from .errors import unknown
+from .features import FeatureCache, shape_of_features
 from .units import to_units
 
 if TYPE_CHECKING:
     from .backbone import Backbone
-    from .windows import Windows
 
 __all__ = ["KINDS", "OUTPUTS", "FeatureCache", "Head", "NewHead", "forecast_error", "head", "standardise"]
 
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 OUTPUTS: dict[str, tuple[float, ...]] = {"point": (0.5,), "quantile": LEVELS}
-
-# Where a new head lies in the network of a backbone.
-PLACE = "new_head"
-
-# Features beyond this many bytes go to a file if there is a folder for it, and beyond the second need one.
-_TO_DISK, _IN_MEMORY = 2**28, 2**32
-_CHUNK = 128
 
 
 class _Truncation(nn.Module):
@@ -297,58 +286,6 @@ def _at_levels(found: Trajectories, levels: Sequence[float]) -> Tensor:
     return torch.stack(parts, 1)
 
 
-class _WithNewHead:
-    """Mixed into a backbone whose forecasting head was replaced."""
-
-    network: nn.Module
-
-    def loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        head: Any = getattr(self.network, PLACE)
-        result: Tensor = head.loss(_features(self, batch), batch)
-        return result
-
-    def forecast(
-        self, batch: Mapping[str, Tensor], *, num_samples: int | None = None, generator: torch.Generator | None = None
-    ) -> Trajectories:
-        head: Any = getattr(self.network, PLACE)
-        result: Trajectories = head.forecast(_features(self, batch), batch)
-        return result
-
-
-def _features(backbone: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Return the features of full windows, shape ``(batch, patches, d_model)``."""
-    if "features" in batch:
-        return batch["features"]
-    if batch["past_target"].ndim != 2:
-        raise ValueError(
-            f"a new head forecasts one target, and these data have {batch['past_target'].shape[2]}; give each a series"
-            " of its own"
-        )
-    missing = backbone.past_length - batch["past_target"].shape[1]
-    if missing > 0:
-        # As many patches as the head was made for.
-        batch = {
-            name: tensor if name.startswith("future_") else _pad_start(tensor, missing)
-            for name, tensor in batch.items()
-        }
-    if backbone.adapter is not None and backbone.adapter.frozen_features:
-        # Nothing before the head trains, so nothing is dropped out there.
-        with backbone.inference():
-            found: Tensor = backbone.features(batch)
-        return found
-    changing: Tensor = backbone.features(batch)
-    return changing
-
-
-def _pad_start(tensor: Tensor, steps: int) -> Tensor:
-    return functional.pad(tensor, (0, 0) * (tensor.ndim - 2) + (steps, 0))
-
-
-@cache
-def _with_new_head(kind: type[Backbone]) -> type[Backbone]:
-    return type(kind.__name__, (_WithNewHead, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
 class NewHead(Adapter):
     """A forecasting head that takes the place of the model's own; the backbone stays as it is.
 
@@ -401,7 +338,7 @@ class NewHead(Adapter):
                 f" {backbone.family!r} does not offer them; train the model's own head with adapter 'head', or take a"
                 " family with the capability 'features'"
             )
-        patches, d_model = _shape(backbone)
+        patches, d_model = shape_of_features(backbone)
         try:
             made = Head(
                 **self._made, patches=patches, d_model=d_model, prediction_length=backbone.prediction_length
@@ -409,12 +346,10 @@ class NewHead(Adapter):
         except ValueError as error:
             raise AdapterError(f"adapter {self!r} cannot be attached to {backbone!r}: {error}") from None
         self._head = made
-        backbone.network.add_module(PLACE, made)
-        backbone.__class__ = _with_new_head(type(backbone))
+        backbone.network.add_module(NEW_HEAD, made)
 
     def _detach(self, backbone: Backbone) -> None:
-        delattr(backbone.network, PLACE)
-        backbone.__class__ = type(backbone).__mro__[2]
+        delattr(backbone.network, NEW_HEAD)
         self._head = None
 
     def folds(self) -> list[nn.Parameter] | None:
@@ -449,124 +384,6 @@ class NewHead(Adapter):
         copy_into(self.state_dict(), state, self)
 
 
-def _shape(backbone: Backbone) -> tuple[int, int]:
-    """Return patches and width of a backbone's features."""
-    length = backbone.past_length
-    batch = {
-        "past_target": torch.arange(float(length), device=backbone.device)[None],
-        "past_observed_values": torch.ones(1, length, device=backbone.device),
-    }
-    if backbone.time_features:
-        steps = length + backbone.prediction_length
-        batch["time_feat"] = torch.zeros(1, steps, len(backbone.time_features), device=backbone.device)
-    with backbone.inference():
-        _, patches, d_model = backbone.features(batch).shape
-    return patches, d_model
-
-
 def head(**options: Any) -> Adapter:
     """Build the adapter: the model's own head, or with ``kind`` a new one."""
     return NewHead(options) if options else own_head()
-
-
-class FeatureCache:
-    """Training windows together with their features, each computed once. Stands in for the windows it draws from.
-
-    Parameters
-    ----------
-    backbone
-        With the new head attached, in its final state but for the head.
-    windows
-        Where training windows come from.
-    steps, batch_size
-        Of the whole training.
-    pool
-        Draw this many windows once, and every batch from them; None draws as ``windows`` does.
-    folder
-        Where the features go if they are large.
-    compute
-        Keep features; else batches are drawn in the same way, without them.
-    progress
-        Show a progress bar.
-
-    Raises
-    ------
-    ValueError
-        If the features are too large for memory and there is no folder.
-    """
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        windows: Windows,
-        *,
-        steps: int,
-        batch_size: int,
-        pool: int | None = None,
-        folder: Path | None = None,
-        compute: bool = True,
-        progress: bool = False,
-    ) -> None:
-        if pool is None:
-            drawn = [np.stack(windows.pairs(step, batch_size), 1) for step in range(steps)]
-            self.pairs, rows = np.unique(np.concatenate(drawn), axis=0, return_inverse=True)
-            self._rows: np.ndarray | None = rows.reshape(steps, batch_size)
-        else:
-            self.pairs = np.unique(np.stack(windows.pairs(0, pool), 1), axis=0)
-            self._rows = None
-        self.windows = windows
-        self._path: Path | None = None
-        self.features: np.ndarray | None = None
-        if not compute:
-            return
-        patches, d_model = _shape(backbone)
-        shape = (len(self.pairs), patches, d_model)
-        size = 4 * int(np.prod(shape))
-        if size > _TO_DISK and folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._path = folder / "features.npy"
-            self.features = np.lib.format.open_memmap(self._path, "w+", np.float32, shape)
-        elif size > _IN_MEMORY:
-            raise ValueError(
-                f"features of {shape[0]} training windows take {size / 1e9:.1f} GB; name a folder to keep them in, or"
-                " give the head fewer `windows`, or cache=False"
-            )
-        else:
-            self.features = np.empty(shape, np.float32)
-        starts = range(0, len(self.pairs), _CHUNK)
-        for start in tqdm(starts, desc="features", unit="batch", leave=False, disable=not progress):
-            part = slice(start, start + _CHUNK)
-            self.features[part] = features_of(backbone, windows.read(*self.pairs[part].T))
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def sample(self, step: int, batch_size: int) -> dict[str, Any]:
-        """Return a batch as :meth:`Windows.sample` does, with ``features`` of shape ``(batch, patches, d_model)``."""
-        if self._rows is None:
-            seed = np.random.SeedSequence([self.windows.seed, step])
-            rows = np.random.Generator(np.random.Philox(seed)).integers(0, len(self.pairs), batch_size)
-        else:
-            rows = self._rows[step]
-        batch: dict[str, Any] = dict(self.windows.read(*self.pairs[rows].T))
-        return batch if self.features is None else {**batch, "features": self.features[rows]}
-
-    def close(self) -> None:
-        """Give the features up, and delete their file."""
-        self.features = None
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
-
-def features_of(backbone: Backbone, batch: Mapping[str, Any]) -> np.ndarray:
-    """Return the features of a batch of arrays, in evaluation mode."""
-    tensors = {name: torch.as_tensor(value).to(backbone.device) for name, value in batch.items()}
-    with backbone.inference():
-        found: np.ndarray = _features(backbone, tensors).float().cpu().numpy()
-    return found
-
-
-def with_features(backbone: Backbone, batches: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Add their features to batches."""
-    for batch in batches:
-        yield {**batch, "features": features_of(backbone, batch)}

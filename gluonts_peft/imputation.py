@@ -13,25 +13,27 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from .registry import adapter_names, get_adapter, unknown
+from .adapters.load import get_adapter
+from .errors import unknown
+from .objectives import Reconstruction, reconstruction_loss
+from .registry import adapter_names
 from .series.calendar import calendar_of, stamp_table
 from .series.entries import Door, in_step, nothing_seen
 from .series.overlap import held_back
+from .series.store import SeriesStore
+from .series.windows import Windows
 from .series.writing import Names, writable, write_columns
-from .training import fit, to_device
-from .units import refuse_nonfinite, to_units
+from .sweep import backbone_of, batches, gather, reconstruct, require_reconstruct, runs
+from .training import fit
+from .units import refuse_nonfinite
 from .verdict import Judge
-from .windows import SeriesStore, Windows
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -47,77 +49,6 @@ Floats = NDArray[np.floating[Any]]
 Integers = NDArray[np.int64]
 
 UNFILLABLE = ("raise", "keep")
-
-
-def reconstruction_loss(
-    backbone: Backbone, batch: Mapping[str, Tensor], mask_ratio: float = 0.3, generator: torch.Generator | None = None
-) -> Tensor:
-    """Return how badly hidden patches of the history are filled in.
-
-    A share of the patches of each window that hold an observed step is hidden at random, and the network reconstructs
-    the window. The loss is the squared error at the hidden observed steps, in standard deviations of the whole window,
-    as in the pretraining of MOMENT.
-
-    Parameters
-    ----------
-    backbone
-        Of a family with the capability ``"reconstruct"``; gradients reach its parameters.
-    batch
-        ``past_target`` and ``past_observed_values`` of shape ``(batch, time)``; what else it holds is not looked at.
-    mask_ratio
-        Share of the patches to hide, rounded down; one patch at least is hidden and one shown.
-    generator
-        Source of randomness; torch's own if None.
-
-    Returns
-    -------
-    Tensor
-        Shape ``(batch,)``; 0 for windows with fewer than two observed patches, and for constant ones.
-
-    Raises
-    ------
-    ValueError
-        If the family does not reconstruct, or `mask_ratio` is not between 0 and 1.
-    """
-    require_reconstruct(backbone)
-    if not 0.0 < mask_ratio < 1.0:
-        raise ValueError(f"mask_ratio {mask_ratio} is not a share between 0 and 1")
-    batch, _ = to_units(batch, backbone.equivariance)
-    target, observed = batch["past_target"], batch["past_observed_values"]
-    patch, length = backbone.patch_length, target.shape[1]
-    padded = torch.nn.functional.pad(observed, (-length % patch, 0)).reshape(len(observed), -1, patch)
-    there = padded.amax(-1) > 0
-    device = target.device if generator is None else generator.device
-    order = torch.rand(there.shape, generator=generator, device=device).to(target.device)
-    rank = order.masked_fill(~there, 2.0).argsort(1).argsort(1)
-    count = there.sum(1, keepdim=True)
-    wanted = torch.minimum((count * mask_ratio).floor().clamp(min=1), count - 1)
-    hidden = (rank < wanted).repeat_interleave(patch, 1)[:, -length:].to(observed.dtype) * observed
-    shown = observed - hidden
-    found = backbone.reconstruct({**batch, "past_target": target * shown, "past_observed_values": shown})
-    steps = observed.sum(1, keepdim=True).clamp(min=1.0)
-    mean = (target * observed).sum(1, keepdim=True) / steps
-    deviation = (((target - mean) * observed).square().sum(1, keepdim=True) / steps).sqrt()
-    # Relative, so that the unit of the data is of no account.
-    varies = deviation > 1e-6 * (target * observed).abs().amax(1, keepdim=True)
-    errors = ((found - target) / torch.where(varies, deviation, 1.0)).square() * hidden * varies
-    return errors.sum(1) / hidden.sum(1).clamp(min=1.0)
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """:func:`reconstruction_loss` as the ``loss`` of :func:`gluonts_peft.training.fit`.
-
-    While it trains, the patches to hide follow from torch's random numbers; validation hides the same ones each time.
-    """
-
-    mask_ratio: float = 0.3
-    # What it judges lies in the history of a window.
-    history: ClassVar[bool] = True
-
-    def __call__(self, backbone: Backbone, batch: Mapping[str, Tensor]) -> Tensor:
-        generator = None if backbone.training else torch.Generator().manual_seed(0)
-        return reconstruction_loss(backbone, batch, self.mask_ratio, generator)
 
 
 def train_reconstruction(
@@ -391,69 +322,11 @@ def write_imputed(
     return pd.DataFrame({**table, columns[0]: items.array(), columns[1]: stamps.index()})
 
 
-def runs(mask: NDArray[np.bool_]) -> Integers:
-    """Return begin and end (exclusive) of each run of true values, int64, shape ``(runs, 2)``.
-
-    Examples
-    --------
-    >>> runs(np.array([True, False, True, True])).tolist()
-    [[0, 1], [2, 4]]
-    """
-    edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
-    return np.stack([np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)], 1).astype(np.int64)
-
-
-def batches(count: int, size: int, name: str, progress: bool) -> Iterable[slice]:
-    """Return slices of at most ``size`` that cover ``range(count)``, with a progress bar on stderr if wanted."""
-    if size <= 0:
-        raise ValueError(f"batch_size {size} is not positive")
-    parts = [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
-    if not progress:
-        return parts
-    from tqdm import tqdm
-
-    bar: Iterable[slice] = tqdm(parts, desc=name, unit="batch", leave=False)
-    return bar
-
-
-def gather(store: SeriesStore, series: Integers, ends: Integers, width: int) -> tuple[Floats, Floats]:
-    """Return the ``width`` steps of each series before ``ends`` (exclusive): values, 0 where they were not observed or
-    lie before the start, and 1 where they were, both of shape ``(batch, width)``.
-    """
-    index = (store.offsets[series] + ends)[:, None] + np.arange(-width, 0)
-    values = store.take(index)
-    observed = (index >= store.offsets[series][:, None]) & ~np.isnan(values)
-    return np.where(observed, values, values.dtype.type(0)), observed.astype(np.float32)
-
-
-def reconstruct(backbone: Backbone, values: Floats, shown: Floats) -> Floats:
-    """Return the windows as the network sees them, from what is shown of them, shape ``(batch, time)``."""
-    with backbone.reading() as reader:
-        batch = to_device({"past_target": values * shown, "past_observed_values": shown}, backbone.device)
-        found: Floats = reader.reconstruct(batch).cpu().numpy()
-    return found
-
-
 def _decimals(values: Floats, observed: Floats) -> list[int]:
     """Return the decimal places that a network's float32 tells apart in each window."""
     high, low = np.where(observed > 0, values, -np.inf).max(1), np.where(observed > 0, values, np.inf).min(1)
     spread = (high - low).astype(np.float64)
     return [7 - math.ceil(math.log10(each)) if each > 0 else 7 for each in spread.tolist()]
-
-
-def backbone_of(model: PeftPredictor | Backbone) -> Backbone:
-    """Return the backbone of a predictor, or the backbone itself."""
-    found: Backbone = getattr(model, "backbone", model)
-    return found
-
-
-def require_reconstruct(backbone: Backbone) -> None:
-    """Raise a ValueError if the family does not reconstruct its input."""
-    if "reconstruct" not in backbone.capabilities:
-        raise ValueError(
-            f"family {backbone.family!r} does not reconstruct its input; use one with the capability 'reconstruct',"
-            " such as 'moment' (`gluonts-peft families` lists them)"
-        )
 
 
 def _shared(gaps: Integers, span: int) -> list[tuple[int, int]]:

@@ -20,19 +20,20 @@ from gluonts.model.predictor import Predictor
 from numpy.typing import NDArray
 
 from . import __version__
-from .adapters.base import AdapterError, load_adapter, versions
+from .adapters.base import AdapterError, versions
+from .adapters.load import load_adapter
 from .backbone import Backbone, Source
 from .calibration import Calibration
 from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
 from .registry import families
+from .series.batches import context_batches
 from .series.entries import Door, nothing_seen
 from .series.season import unit_of
 from .training import Fit, Gate, resolve_device, to_device
 from .units import refuse_nonfinite
 from .verdict import Verdict
 from .weights import Snapshot
-from .windows import context_batches
 
 __all__ = ["PeftPredictor", "PredictorError"]
 

@@ -14,15 +14,14 @@ ValueError: adapter 'lorra' is unknown; did you mean 'lora'? known: adalora, bit
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .errors import unknown
+from .moved import moved
+
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
-
-    from .adapters.base import Adapter
 
 __all__ = [
     "Entry",
@@ -30,19 +29,10 @@ __all__ = [
     "adapter_names",
     "adapters",
     "families",
-    "get_adapter",
     "get_estimator",
     "list_adapters",
     "list_families",
 ]
-
-
-def unknown(kind: str, name: object, known: Iterable[str]) -> str:
-    """Return the sentence for an unknown name: what it is, the nearest known one, and all there are."""
-    known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" did you mean {near[0]!r}?" if near else ""
-    return f"{kind} {name!r} is unknown;{hint} known: {', '.join(known) or '(none)'}"
 
 
 @dataclass(frozen=True)
@@ -150,35 +140,4 @@ def adapter_names(spec: Any) -> set[str]:
     return {part if isinstance(part, str) else part["name"] for part in parts}
 
 
-def get_adapter(spec: str | Mapping[str, Any] | Iterable[str | Mapping[str, Any]], **options: Any) -> Adapter:
-    """Build an adapter from its name and options.
-
-    Parameters
-    ----------
-    spec
-        A name (``"lora"``), a mapping with a name and options (``{"name": "lora", "r": 2}``), or a list of these: a
-        hybrid of several.
-    **options
-        Options of the adapter, when ``spec`` is a name.
-
-    Raises
-    ------
-    ValueError
-        If the name or an option is unknown or has a value that cannot be used.
-    """
-    from .adapters.base import Adapter
-
-    if isinstance(spec, Adapter):
-        return spec
-    if isinstance(spec, str):
-        return adapters.get(spec)(**options)  # type: ignore[no-any-return]
-    if isinstance(spec, Mapping):
-        if "name" not in spec:
-            raise ValueError(f"adapter {dict(spec)!r} has no 'name'; write e.g. {{'name': 'lora', 'r': 2}}")
-        rest = {str(key): value for key, value in spec.items() if key != "name"}
-        return get_adapter(str(spec["name"]), **rest, **options)
-    if not isinstance(spec, Iterable):
-        raise ValueError(f"adapter {spec!r} is a {type(spec).__name__}; name it, or write {{'name': 'lora', 'r': 2}}")
-    from .adapters.hybrid import Hybrid
-
-    return Hybrid([get_adapter(part) for part in spec])
+__getattr__ = moved(__name__, {"get_adapter": "gluonts_peft.adapters.load"})

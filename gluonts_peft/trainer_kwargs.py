@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .registry import unknown
+from .errors import unknown
 
 if TYPE_CHECKING:
     import torch

@@ -24,14 +24,15 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from tqdm import tqdm
 
-from .heads import FeatureCache, forecast_error, with_features
+from .features import FeatureCache, with_features
+from .heads import forecast_error
 from .noise import without_noise
 from .processes import keeping_handler
 from .resume import SafeCheckpointIO, read_checkpoint
+from .series.windows import Windows
 from .trainer_kwargs import check_precision, check_trainer_kwargs, deciding, resolve_precision
 from .verdict import Candidate, Verdict
 from .weights import Snapshot
-from .windows import Windows
 from .words import BETTER, PROVEN
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Gate:
     measure
         What is scored: ``"loss"``, the training loss of the family; ``"forecast error"`` where a new head took the
         place of the model's own, so that their losses differ in kind, see :func:`gluonts_peft.heads.forecast_error`;
-        ``"score of all tasks"``, see :meth:`gluonts_peft.tasks.Joint.relative`.
+        ``"score of all tasks"``, see :meth:`gluonts_peft.objectives.Joint.relative`.
     verdict
         The word of the verdict. None where there is none: in records before version 0.2, and where there is nothing
         to compare with; then the two scores decide.
@@ -500,7 +501,7 @@ def fit(
         Not attached yet.
     windows
         Where training windows are drawn from. For an adapter that asks for ``scoring_windows``, windows at the ends of
-        its series are set apart, see :meth:`gluonts_peft.windows.Windows.hold_out`.
+        its series are set apart, see :meth:`gluonts_peft.series.windows.Windows.hold_out`.
     validation
         Batches of validation windows.
     options

@@ -220,12 +220,12 @@ def in_units(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def wrap_methods(kind: type, base: type) -> None:
-    """Put :func:`in_units` around the methods of a class that are not those of its abstract base."""
+def wrap_methods(kind: type, base: type, inner: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put `inner`, and around that :func:`in_units`, around the methods of a class that are not its abstract base's."""
     for name in _UNDO:
         method = getattr(kind, name)
         if method is not getattr(base, name) and not hasattr(method, "in_units"):
-            setattr(kind, name, in_units(method))
+            setattr(kind, name, in_units(inner(method)))
 
 
 def refuse_nonfinite(values: NDArray[Any], name: Callable[[int], Any], what: str) -> None:

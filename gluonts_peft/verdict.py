@@ -27,8 +27,9 @@ from .words import BETTER, LEAST_UNITS, LEVEL, NO_EVIDENCE, PROVEN, counted, evi
 
 if TYPE_CHECKING:
     from .backbone import Backbone, Trajectories
+    from .series.store import SeriesStore
+    from .series.windows import LastWindows
     from .training import Loss
-    from .windows import LastWindows, SeriesStore
 
 __all__ = [
     "BETTER",

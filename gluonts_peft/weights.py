@@ -116,6 +116,19 @@ class Snapshot:
         ]
         self.flags = [tensor.requires_grad for _, tensor, _ in self.values]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A value that is still the tensor's own goes along with the tensor: a base is not sent twice.
+        own = [None if tensor.data_ptr() == value.data_ptr() else value for _, tensor, value in self.values]
+        return {**vars(self), "values": [(name, tensor) for name, tensor, _ in self.values], "others": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        others, named = state.pop("others"), state["values"]
+        state["values"] = [
+            (name, tensor, tensor.data if other is None else other)
+            for (name, tensor), other in zip(named, others, strict=True)
+        ]
+        vars(self).update(state)
+
     def keep_structure(self) -> None:
         """Forget what only the undoing of an unfinished change needs."""
         for saved in self.modules:

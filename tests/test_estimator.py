@@ -19,8 +19,9 @@ from gluonts.model.estimator import Estimator
 import gluonts_peft.estimator
 from gluonts_peft import PeftEstimator, PeftPredictor, TuningDidNotHelp, get_adapter, get_estimator, list_adapters
 from gluonts_peft.series.entries import UnusableWarning
+from gluonts_peft.series.store import SeriesStore
+from gluonts_peft.series.windows import Windows
 from gluonts_peft.training import mean_loss
-from gluonts_peft.windows import SeriesStore, Windows
 
 NAN = float("nan")
 

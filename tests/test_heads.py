@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 import gluonts_peft
-import gluonts_peft.heads
+import gluonts_peft.features
 from gluonts_peft import PeftPredictor, SeriesStore, Windows, get_adapter, get_estimator
 from gluonts_peft.adapters.base import AdapterError
 from gluonts_peft.backbone import Backbone, Source, Trajectories
-from gluonts_peft.heads import KINDS, LEVELS, FeatureCache, Head, forecast_error, standardise
+from gluonts_peft.features import FeatureCache
+from gluonts_peft.heads import KINDS, LEVELS, Head, forecast_error, standardise
 from gluonts_peft.resume import read_checkpoint
 from gluonts_peft.testing import Check, adapter_checks, parametrize_with_checks
 from gluonts_peft.testing.cases import label_of
@@ -209,7 +210,7 @@ def test_large_features_go_to_the_named_folder_and_are_gone_afterwards(
 ) -> None:
     spec = {"name": "head", "kind": "pooling"}
     in_memory = train("chronos", spec)
-    monkeypatch.setattr(gluonts_peft.heads, "_TO_DISK", 100)
+    monkeypatch.setattr(gluonts_peft.features, "_TO_DISK", 100)
     seen = []
     sample = FeatureCache.sample
 
@@ -228,7 +229,7 @@ def test_large_features_go_to_the_named_folder_and_are_gone_afterwards(
     assert (
         read_checkpoint(tmp_path / "last.ckpt")["state_dict"].keys() == in_memory.backbone.adapter.state_dict().keys()
     )
-    monkeypatch.setattr(gluonts_peft.heads, "_IN_MEMORY", 100)
+    monkeypatch.setattr(gluonts_peft.features, "_IN_MEMORY", 100)
     with pytest.raises(ValueError, match="name a folder to keep them in, or give the head fewer `windows`, or cache"):
         train("chronos", spec)
 

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gluonts_peft.adapters.base import AdapterError, load_adapter
+from gluonts_peft.adapters.base import AdapterError
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.backbone import Backbone, load_backbone
 from gluonts_peft.checkpoint import CheckpointError
 from gluonts_peft.files import FolderInUse, NewerFormat, delivering, load_json, locked, opened, parse_json, parse_yaml

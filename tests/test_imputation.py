@@ -17,14 +17,13 @@ from gluonts_peft import PeftPredictor, TuningDidNotHelp, get_adapter, get_estim
 from gluonts_peft.backbone import Backbone
 from gluonts_peft.imputation import (
     Reconstruction,
-    gather,
-    reconstruct,
     reconstruction_loss,
     train_reconstruction,
     write_imputed,
 )
+from gluonts_peft.series.store import SeriesStore
+from gluonts_peft.sweep import gather, reconstruct
 from gluonts_peft.training import TrainingOptions, fit
-from gluonts_peft.windows import SeriesStore
 
 Entries = list[dict[str, Any]]
 START = pd.Period("2024-01-01", "h")
@@ -265,7 +264,7 @@ def test_training_lowers_the_loss_and_is_stored_and_loaded(tuned: PeftPredictor,
 
 
 def test_same_seed_same_weights_and_another_loss_is_another_run(tmp_path: Path) -> None:
-    from gluonts_peft.windows import Windows
+    from gluonts_peft.series.windows import Windows
 
     store = SeriesStore.from_dataset([entry(daily(400))])
     windows = Windows(store, context_length=64, prediction_length=1, min_context=32)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -83,3 +85,32 @@ def test_all_of_a_module_exists(module: str) -> None:
     loaded = importlib.import_module(f"gluonts_peft.{module}")
     for name in getattr(loaded, "__all__", ()):
         assert hasattr(loaded, name)
+
+
+def private_imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith("gluonts_peft")):
+            names = [alias.name for alias in node.names] + str(node.module).split(".")
+            yield from (f"{path.name}: {name}" for name in names if name.startswith("_") and not name.endswith("__"))
+
+
+def test_no_private_name_of_another_module_is_imported() -> None:
+    root = Path(__file__).parents[1]
+    files = [*root.glob("gluonts_peft/**/*.py"), *root.glob("plugins/*/gluonts_peft_*/**/*.py")]
+
+    assert len(files) > 80
+    assert [found for path in files for found in private_imports(path)] == []
+
+
+def test_old_places_hand_on_to_the_new_ones() -> None:
+    from gluonts_peft import registry
+    from gluonts_peft.adapters import base, load
+
+    with pytest.warns(DeprecationWarning, match="^gluonts_peft.registry.get_adapter is now gluonts_peft.adapters.load"):
+        assert registry.get_adapter is load.get_adapter
+    with pytest.warns(
+        DeprecationWarning, match="^gluonts_peft.adapters.base.load_adapter is now gluonts_peft.adapters"
+    ):
+        assert base.load_adapter is load.load_adapter
+    with pytest.raises(AttributeError, match="^module 'gluonts_peft.registry' has no attribute 'get_adaptor'$"):
+        registry.get_adaptor  # noqa: B018

@@ -16,8 +16,8 @@ import torch
 from gluonts.model.predictor import Predictor
 
 from gluonts_peft import TuningDidNotHelp, get_adapter, get_estimator, load_backbone
-from gluonts_peft.tasks import ForecastLoss, Joint, parse_tasks
-from gluonts_peft.windows import Windows
+from gluonts_peft.objectives import ForecastLoss, Joint, parse_tasks
+from gluonts_peft.series.windows import Windows
 
 HORIZON = 16
 TASKS: list[dict[str, Any]] = [

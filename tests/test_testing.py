@@ -642,6 +642,13 @@ class MergesAnyhow(Biases):
         super().merge()
 
 
+class HasNoName(Lora):
+    def _attach(self, backbone: Backbone) -> None:
+        super()._attach(backbone)
+        layer = self._layers[0]
+        layer.forward = lambda x: type(layer).forward(layer, x)
+
+
 class OwnSeed(Lora):
     count = 0
 
@@ -705,6 +712,7 @@ WRONG_ADAPTERS: list[tuple[type[Adapter], str, str]] = [
     (MergesTwice, "merging_keeps_the_answers", "merging changes the answers"),
     (MergesInPlace, "merging_keeps_the_answers", "which other backbones may share; give it a new value"),
     (MergesAnyhow, "merging_keeps_the_answers", "merging an adapter that is not mergeable is accepted"),
+    (HasNoName, "pickling_keeps_the_answers", "the backbone with the adapter cannot be pickled ("),
     (OwnSeed, "seed_decides_the_numbers", "the same seed initialises the adapter differently"),
     (LoadsHalf, "state_makes_a_round_trip", "load_state_dict does not take over every tensor"),
     (ForgetsTheStep, "interrupted_training_goes_on", "a resumed training has other losses"),

@@ -607,7 +607,7 @@ def test_the_users_own_early_stopping_counts_too(tmp_path: Path) -> None:
 
 
 def test_accumulated_gradients_come_from_different_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gluonts_peft.windows import Windows
+    from gluonts_peft.series.windows import Windows
 
     steps: list[int] = []
     sample = Windows.sample

@@ -20,14 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gluonts_peft import load_backbone
-from gluonts_peft.adapters.base import AdapterError, load_adapter
+from gluonts_peft.adapters.base import AdapterError
+from gluonts_peft.adapters.load import get_adapter, load_adapter
 from gluonts_peft.anomaly import score
 from gluonts_peft.backbone import Backbone, Trajectories
 from gluonts_peft.backtesting import backtest
 from gluonts_peft.checkpoint import CheckpointError
-from gluonts_peft.imputation import impute, reconstruction_loss
+from gluonts_peft.imputation import impute
+from gluonts_peft.objectives import reconstruction_loss
 from gluonts_peft.predictor import PeftPredictor
-from gluonts_peft.registry import get_adapter, get_estimator
+from gluonts_peft.registry import get_estimator
 from gluonts_peft.series.table import read_dataset, write_forecasts
 from gluonts_peft.testing import make_batch
 from gluonts_peft.units import EQUIVARIANCE, Units, refuse_nonfinite, to_units

@@ -19,6 +19,8 @@ from scipy.stats import binom
 
 from gluonts_peft import TuningDidNotHelp, get_adapter, get_estimator
 from gluonts_peft.predictor import PeftPredictor
+from gluonts_peft.series.store import SeriesStore
+from gluonts_peft.series.windows import Windows
 from gluonts_peft.training import Gate, to_device
 from gluonts_peft.verdict import (
     LEVELS,
@@ -32,7 +34,6 @@ from gluonts_peft.verdict import (
     quantile_scores,
     scale,
 )
-from gluonts_peft.windows import SeriesStore, Windows
 
 
 def make_dataset(count: int, length: int = 90, seed: int = 0) -> list[dict[str, Any]]:

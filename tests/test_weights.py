@@ -17,7 +17,8 @@ import torch
 
 import gluonts_peft
 from gluonts_peft import PeftPredictor, get_adapter, get_estimator
-from gluonts_peft.adapters.base import AdapterError, load_adapter
+from gluonts_peft.adapters.base import AdapterError
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.anomaly import score
 from gluonts_peft.backbone import Backbone
 from gluonts_peft.imputation import impute

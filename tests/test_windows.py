@@ -17,7 +17,10 @@ from gluonts import time_feature
 from gluonts.dataset.common import ListDataset
 from gluonts.dataset.pandas import PandasDataset
 
-from gluonts_peft.windows import Layout, SeriesStore, Skipped, Windows, context_batches
+from gluonts_peft.series.batches import context_batches
+from gluonts_peft.series.rows import Layout
+from gluonts_peft.series.store import SeriesStore
+from gluonts_peft.series.windows import Skipped, Windows
 
 NAN = float("nan")
 LENGTHS = (40, 7, 1, 25, 12, 3)
@@ -383,7 +386,7 @@ def test_numbers_too_small_for_float32_are_refused(field):
 
 def test_half_written_folder_is_refused_and_can_be_written_again(dataset, tmp_path):
     script = (
-        "import os, sys; from gluonts_peft.windows import SeriesStore\n"
+        "import os, sys; from gluonts_peft.series.store import SeriesStore\n"
         "def entries():\n"
         "    yield {'target': list(range(100_000))}\n"
         "    os._exit(9)\n"

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gluonts_peft import get_estimator
-from gluonts_peft.imputation import reconstruction_loss
+from gluonts_peft.objectives import reconstruction_loss
 
 RECONSTRUCT = {"task": "reconstruct"}
 

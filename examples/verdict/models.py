@@ -18,10 +18,11 @@ from lightning.pytorch.callbacks import Callback
 
 from gluonts_peft import get_adapter, get_estimator
 from gluonts_peft.data import split_by_item
+from gluonts_peft.series.store import SeriesStore
+from gluonts_peft.series.windows import Windows
 from gluonts_peft.training import to_device
 from gluonts_peft.verdict import LEVELS, quantile_scores, scale
 from gluonts_peft.vitals import load_hourly, patient_of
-from gluonts_peft.windows import SeriesStore, Windows
 
 HORIZON, CONTEXT, EPOCHS, STEPS = 12, 72, 5, 40
 WEIGHTS = (0.25, 0.5, 0.75, 1.0)

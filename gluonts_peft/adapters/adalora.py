@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .additive import PeftAdapter
 from .base import AdapterError
+from .peft import PeftAdapter
 
 if TYPE_CHECKING:
     from ..backbone import Backbone

@@ -11,8 +11,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,13 +22,13 @@ from torch import Tensor, nn
 
 from ..checkpoint import first_nonfinite, save_tensors
 from ..files import NewerFormat, check_regular, load_json, opened, record, replacing, write_atomically
-from ..registry import get_adapter
+from ..moved import moved
 from ..weights import BaseChangedError, Snapshot, fold
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
 
-__all__ = ["Adapter", "AdapterError", "load_adapter", "read_tensors", "unwrapped", "versions"]
+__all__ = ["Adapter", "AdapterError", "copy_into", "read_tensors", "unwrapped", "versions"]
 
 RECORD = "gluonts_peft.json"
 TENSORS = "adapter_model.safetensors"
@@ -234,14 +233,6 @@ class Adapter(ABC):
         if self.mergeable:
             self._merge(reader)
             reader.adapter = self.backbone = None
-
-    @contextmanager
-    def fused(self) -> Iterator[None]:
-        """Do nothing: forecasts run on a copy with the adapter folded in, see :meth:`Backbone.reading`.
-
-        It is kept for code that was written for version 0.1.
-        """
-        yield
 
     @property
     def attached(self) -> Backbone:
@@ -450,62 +441,6 @@ def unwrapped(name: str) -> str:
     return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
-def load_adapter(folder: str | Path, backbone: Backbone, *, check_base: bool = True) -> Adapter:
-    """Attach a saved adapter to a backbone.
-
-    Parameters
-    ----------
-    folder
-        What :meth:`Adapter.save` wrote, or an adapter that plain PEFT saved.
-    backbone
-        Backbone without an adapter.
-    check_base
-        Refuse an adapter that was trained on other base weights. Adapters saved by plain PEFT carry no fingerprint
-        and cannot be checked.
-
-    Raises
-    ------
-    AdapterError
-        If the folder holds no adapter, or the adapter belongs to another base.
-    """
-    folder = Path(folder)
-    record_path = folder / RECORD
-    if record_path.exists():
-        content = read_adapter_record(folder)
-        spec, stored, checkpoint = content["adapter"], content["base"]["fingerprint"], content["base"]["checkpoint"]
-        if check_base and stored != backbone.source.fingerprint:
-            raise AdapterError(
-                f"adapter in {str(folder)!r} was trained on {checkpoint!r} with fingerprint"
-                f" {stored[:12]}…, this backbone is {backbone.source.checkpoint!r} with fingerprint"
-                f" {backbone.source.fingerprint[:12]}…; load the adapter's own base, or pass check_base=False"
-            )
-        try:
-            adapter = get_adapter(spec)
-        except (TypeError, ValueError) as error:
-            raise AdapterError(f"{str(record_path)!r} names an adapter that cannot be used: {error}") from error
-    elif (folder / "adapter_config.json").exists():
-        from .additive import from_peft
-
-        adapter = from_peft(folder, backbone)
-    else:
-        raise AdapterError(f"folder {str(folder)!r} holds neither {RECORD} nor adapter_config.json")
-    try:
-        with backbone.weights.changing():
-            adapter.attach(backbone)
-            try:
-                return adapter.load(folder)
-            except BaseException:
-                adapter.detach()
-                raise
-    except (AdapterError, MemoryError, OSError, ImportError):
-        raise
-    except Exception as error:
-        # Libraries believe what a folder says, and fail in any way where it makes no sense.
-        raise AdapterError(
-            f"adapter {adapter!r} in {str(folder)!r} cannot be attached: {type(error).__name__}: {error}"
-        ) from error
-
-
 def read_adapter_record(folder: Path) -> dict[str, Any]:
     """Return what :meth:`Adapter.save` recorded of an adapter: ``adapter``, ``base``, ``versions`` and more.
 
@@ -541,3 +476,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+__getattr__ = moved(__name__, {"load_adapter": "gluonts_peft.adapters.load"})

@@ -23,7 +23,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["c3a_delta", "dora_weight", "fourier_delta", "guard_norms", "make_dense", "vera_delta", "waveft_delta"]
+from .forward import replace_method
+
+__all__ = [
+    "c3a_delta",
+    "dense_forward",
+    "dora_weight",
+    "fourier_delta",
+    "guard_norms",
+    "make_dense",
+    "vera_delta",
+    "waveft_delta",
+    "weight_norm",
+]
 
 
 def make_dense(layer: Any) -> None:
@@ -31,10 +43,8 @@ def make_dense(layer: Any) -> None:
 
     Dropout on the adapter's path has no such form: the layer then keeps PEFT's own forward pass.
     """
-    kind = type(layer)
-    if not hasattr(kind, "get_delta_weight") or _drops(layer):
-        return
-    layer.__class__ = type(kind.__name__, (_Dense, kind), {"__module__": kind.__module__})
+    if hasattr(layer, "get_delta_weight") and not _drops(layer):
+        replace_method(layer, "forward", dense_forward)
 
 
 def _drops(layer: nn.Module) -> bool:
@@ -46,26 +56,18 @@ def _drops(layer: nn.Module) -> bool:
     )
 
 
-class _Dense:
-    """Mixed into a PEFT layer."""
-
-    base_layer: nn.Module
-    disable_adapters: bool
-    merged: bool
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters or self.merged or args or kwargs:
-            result: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return result
-        base = self.base_layer
-        if type(base) is nn.Linear:
-            return functional.linear(x, _weight(self, base), base.bias)
-        if _is_dora(self):
-            # Its change depends on the base's weight, which is not one matrix around another adapter's layer.
-            result = super().forward(x)  # type: ignore[misc]
-            return result
-        out: Tensor = base(x)
-        return out + functional.linear(x, _delta(self).to(x.dtype))
+def dense_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return what a PEFT layer around ``nn.Linear`` makes of ``x``, by the changed matrix where there is one."""
+    base = layer.base_layer
+    plain = layer.disable_adapters or layer.merged or args or kwargs
+    if not plain and type(base) is nn.Linear:
+        return functional.linear(x, _weight(layer, base), base.bias)
+    if plain or _is_dora(layer):
+        # DoRA's change depends on the base's weight, which is not one matrix around another adapter's layer.
+        result: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return result
+    out: Tensor = base(x)
+    return out + functional.linear(x, _delta(layer).to(x.dtype))
 
 
 def _is_dora(layer: Any) -> bool:
@@ -101,18 +103,15 @@ def _nonzero(norm: Tensor) -> Tensor:
     return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
-class _Norm:
-    """Mixed into the part of a DoRA layer of PEFT that divides by norms."""
-
-    def get_weight_norm(self, *args: Any, **kwargs: Any) -> Tensor:
-        return _nonzero(super().get_weight_norm(*args, **kwargs))  # type: ignore[misc]
+def weight_norm(part: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the norms by which the part of a DoRA layer of PEFT divides, 1 in place of 0."""
+    return _nonzero(type(part).get_weight_norm(part, *args, **kwargs))
 
 
 def guard_norms(layer: Any) -> None:
     """Let rows of zeros stay zero in a DoRA layer of PEFT, in its own forward pass and in merging."""
     for part in getattr(layer, "lora_magnitude_vector", {}).values():
-        kind = type(part)
-        part.__class__ = type(kind.__name__, (_Norm, kind), {"__module__": kind.__module__})
+        replace_method(part, "get_weight_norm", weight_norm)
 
 
 def c3a_delta(layer: Any) -> Tensor:

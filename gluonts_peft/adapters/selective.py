@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..registry import unknown
+from ..errors import unknown
 from .base import Adapter, AdapterError, copy_into, unwrapped
 
 if TYPE_CHECKING:

@@ -37,9 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..registry import unknown
-from .additive import Method, PeftAdapter
+from ..errors import unknown
 from .base import AdapterError, copy_into
+from .forward import replace_method, restore_method
+from .peft import Method, PeftAdapter
 
 if TYPE_CHECKING:
     from ..backbone import Backbone
@@ -141,6 +142,10 @@ class Trace(PeftAdapter):
         self._scoring: list[Mapping[str, Tensor]] = []
         self._loss: Callable[[Mapping[str, Tensor]], Tensor] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Held-out windows, and a loss that may have no name, belong to the training and stay there.
+        return {**vars(self), "_scoring": [], "_loss": None}
+
     def known_options(self) -> set[str]:
         return _LORA | self.own_options
 
@@ -169,7 +174,8 @@ class Trace(PeftAdapter):
             weight = layer.lora_A["default"].weight
             layer.gate = nn.Parameter(torch.ones((), device=weight.device, dtype=weight.dtype))
             layer.on = True
-            layer.__class__ = type(type(layer).__name__, (_Gated, type(layer)), {"__module__": type(layer).__module__})
+            replace_method(layer, "forward", gated_forward)
+            replace_method(layer, "get_delta_weight", gated_delta)
         self._gated, self._names, self._log, self._cost = layers, list(layers), {}, [0.0, 0.0]
         self._refresh()
 
@@ -402,35 +408,32 @@ class Trace(PeftAdapter):
         super()._write_record(folder, backbone, kept=self.kept, **more)
 
 
-class _Gated:
-    """Mixed into a LoRA layer of PEFT: its change is scaled by ``gate``, and left out unless it is ``on``."""
+def gated_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return what a LoRA layer of PEFT makes of ``x``: its change is scaled by ``gate``, or left out unless ``on``."""
+    if layer.disable_adapters or layer.merged:
+        plain: Tensor = type(layer).forward(layer, x, *args, **kwargs)
+        return plain
+    result: Tensor = layer.base_layer(x, *args, **kwargs)
+    if not layer.on:
+        return result
+    inner = functional.linear(layer.lora_dropout["default"](x), layer.lora_A["default"].weight)
+    # The gate scales B, the smaller factor, so that folding it in later gives the same numbers bit by bit.
+    change = functional.linear(inner, layer.lora_B["default"].weight * layer.gate)
+    scaling: float = layer.scaling["default"]
+    return result + change * scaling
 
-    gate: nn.Parameter
-    on: bool
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer: Any = self
-        if layer.disable_adapters or layer.merged:
-            plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
-            return plain
-        result: Tensor = layer.base_layer(x, *args, **kwargs)
-        if not self.on:
-            return result
-        inner = functional.linear(layer.lora_dropout["default"](x), layer.lora_A["default"].weight)
-        # The gate scales B, the smaller factor, so that folding it in later gives the same numbers bit by bit.
-        change = functional.linear(inner, layer.lora_B["default"].weight * self.gate)
-        scaling: float = layer.scaling["default"]
-        return result + change * scaling
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        delta: Tensor = super().get_delta_weight(adapter)  # type: ignore[misc]
-        return delta * self.gate if self.on else torch.zeros_like(delta)
+def gated_delta(layer: Any, adapter: str) -> Tensor:
+    """Return the change of the weight of such a layer."""
+    delta: Tensor = type(layer).get_delta_weight(layer, adapter)
+    return delta * layer.gate if layer.on else torch.zeros_like(delta)
 
 
 def _ungate(layer: Any) -> None:
     """Make a layer PEFT's own again."""
-    if isinstance(layer, _Gated):
-        layer.__class__ = type(layer).__mro__[2]
+    if hasattr(layer, "gate"):
+        restore_method(layer, "forward")
+        restore_method(layer, "get_delta_weight")
         del layer.gate, layer.on
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -28,7 +28,6 @@ __all__ = [
     "Calendar",
     "Stamps",
     "calendar_of",
-    "dated",
     "first_stamp",
     "period_freq",
     "stamp_table",
@@ -466,50 +465,3 @@ def anchors_of(freq: str) -> tuple[str, ...]:
         return ("start",)
     business = name.startswith(("B", "Business"))
     return (("business " if business else "") + ("start" if name.endswith("Begin") else "end"),)
-
-
-def dated(dataset: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
-    """Return a dataset whose entries carry their calendars, as far as it knows more than they say.
-
-    ``PandasDataset`` turns the stamps of its frames into periods; the frames still have them.
-    """
-    from gluonts.dataset.pandas import PandasDataset
-
-    if not isinstance(dataset, PandasDataset):
-        return dataset
-    return _Dated(dataset)
-
-
-class _Dated:
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __iter__(self) -> Any:
-        from .grid import calendars
-
-        column = self.dataset.timestamp
-        for name, frame in self.dataset._data_entries.iterable:
-            times = frame[column] if column else frame.index
-            if isinstance(times.dtype, pd.PeriodDtype):
-                yield self.dataset._pair_to_dataentry(name, frame)
-                continue
-            index = pd.DatetimeIndex(times)
-            if index.tz is not None and not by_clock(period_freq(self.dataset.freq)):
-                # On a clock that never changes, hours are evenly spaced.
-                fixed = index.tz_convert(offset_name(int(pd.Timedelta(index.min().utcoffset()).value)))
-                frame = frame.copy(deep=False)
-                if column:
-                    frame[column] = fixed
-                else:
-                    frame.index = fixed
-            with warnings.catch_warnings():
-                # The zone is not lost: it is in the calendar.
-                warnings.filterwarnings("ignore", "Converting to PeriodArray/Index", UserWarning)
-                entry = self.dataset._pair_to_dataentry(name, frame)
-            freq = entry["start"].freqstr
-            # One stamp tells all, but for places in a month.
-            index = index.sort_values() if base_of(freq)[0] in "MQY" else pd.DatetimeIndex([index.min()])
-            yield with_calendar(entry, calendars(Stamps.of_index(index), freq))

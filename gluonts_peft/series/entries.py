@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ..registry import unknown
-from ..windows import FEATURES, Layout, _rows
-from .calendar import dated
+from ..errors import unknown
+from .dated import dated
+from .rows import FEATURES, Layout, rows_of
 from .season import unit_of
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ class _Pass:
     def _explain(self, entry: Entry, position: int) -> None:
         """Let what reads the values say what is wrong with them."""
         try:
-            _rows(entry, position, self.layout, self.door.horizon)
+            rows_of(entry, position, self.layout, self.door.horizon)
         except (TypeError, ValueError) as error:
             raise EntryError(str(error)) from None
         raise EntryError(f"{_called(entry, position)} has a target or features that cannot be read; {_HOW}")

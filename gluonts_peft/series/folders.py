@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 
 from ..files import load_json
-from ..windows import narrowest
 from .calendar import Calendar, Stamps, period_freq, with_calendar
 from .grid import GIVE_FREQ, calendars_of_starts
+from .rows import narrowest
 
 __all__ = ["GLUONTS", "files_of", "read_gluonts"]
 

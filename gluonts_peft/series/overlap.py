@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..windows import SeriesStore
 from .calendar import step_of
+from .store import SeriesStore
 
 __all__ = ["held_back"]
 

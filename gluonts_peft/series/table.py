@@ -24,10 +24,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ..windows import narrowest
 from .calendar import DAY, Stamps, offset_from, with_calendar
 from .folders import GLUONTS, files_of, read_gluonts, suffix_of
 from .grid import lay
+from .rows import narrowest
 from .writing import TABLES, writable, write_forecasts, write_table
 
 __all__ = [

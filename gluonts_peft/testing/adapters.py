@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from dataclasses import asdict
 from functools import partial
 from unittest import SkipTest
@@ -11,8 +12,8 @@ from unittest import SkipTest
 import torch
 from torch import Tensor
 
-from ..adapters.base import RECORD, AdapterError, load_adapter, unwrapped
-from ..registry import get_adapter
+from ..adapters.base import RECORD, AdapterError, unwrapped
+from ..adapters.load import get_adapter, load_adapter
 from .cases import (
     FEW,
     MORE,
@@ -279,6 +280,19 @@ def merging_keeps_the_answers(case: AdapterCase) -> None:
     require(backbone.merged == case.trains, "the backbone does not know that it is merged")
     changed = [name for name, value, saved in shared if not torch.equal(value, saved)]
     require(not changed, f"merging writes into {changed[:1]}, which other backbones may share; give it a new value")
+
+
+@clause_of(ADAPTER_CHECKS)
+def pickling_keeps_the_answers(case: AdapterCase) -> None:
+    """A backbone with the adapter can be pickled, to go to another process, and gives the same answers there."""
+    cell = case.cell
+    try:
+        copied = pickle.loads(pickle.dumps(cell.backbone))
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}"
+        require(False, f"the backbone with the adapter cannot be pickled ({fault}); give classes and functions a name")
+    same_answers = all(map(torch.equal, case.answers(copied), case.answers(cell.backbone)))
+    require(same_answers, "pickling the backbone with the adapter changes the answers")
 
 
 @clause_of(ADAPTER_CHECKS)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import AdapterError
+from ..adapters.load import get_adapter
 from ..backbone import CAPABILITIES, SITES
 from ..checkpoint import CheckpointError
-from ..registry import adapters, get_adapter, unknown
+from ..errors import unknown
+from ..registry import adapters
 from ..units import EQUIVARIANCE
 from .cases import (
     BackboneCase,

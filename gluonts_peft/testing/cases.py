@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters.base import Adapter, AdapterError, load_adapter
+from ..adapters.base import Adapter, AdapterError
+from ..adapters.load import get_adapter, load_adapter
 from ..backbone import Backbone, Trajectories
 from ..checkpoint import Checkpoint
-from ..registry import get_adapter
 from ..weights import same_bits
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from unittest import SkipTest
 
 import torch
 
-from ..registry import unknown
+from ..errors import unknown
 
 __all__ = ["Check", "Clause", "ContractError", "Result", "bind", "clause_of", "refusal", "require", "run"]
 

@@ -34,8 +34,8 @@ from torch.nn import functional
 
 from ..backbone import Backbone, Source, Trajectories
 from ..backtesting import QUANTILE_LEVELS
+from ..errors import unknown
 from ..estimator import PeftEstimator
-from ..registry import unknown
 from .spec import BASELINE, TRAINED
 
 __all__ = ["BaselineEstimator"]

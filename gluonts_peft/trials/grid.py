@@ -249,7 +249,7 @@ def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
 
 def _check_usable(trials: list[TrialSpec]) -> None:
     """Make sure that adapters know their options and that data can be read, which a trial learns only when it runs."""
-    from ..registry import get_adapter
+    from ..adapters.load import get_adapter
     from .data import load_data
 
     faults = []

@@ -153,7 +153,7 @@ def _keep_best(frame: pd.DataFrame, folder: Path) -> None:
 
 def _check_adapters(spec: SearchSpec) -> None:
     """Make sure that adapters know the options that are searched over, which a trial learns only when it runs."""
-    from ..registry import get_adapter
+    from ..adapters.load import get_adapter
 
     faults = []
     for values in ({}, *spec.corners()):
@@ -678,7 +678,7 @@ def _last_checkpoint(folder: Path) -> Path:
 
 def _adopt(donor: Path, spec: TrialSpec, folder: Path) -> None:
     """Make the training state of another trial one of this trial, which differs in rate or dropout."""
-    from ..registry import get_adapter
+    from ..adapters.load import get_adapter
     from ..resume import read_checkpoint, write_checkpoint
 
     path = _last_checkpoint(folder)

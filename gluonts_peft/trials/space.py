@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from ..registry import unknown
+from ..errors import unknown
 from .spec import BASELINE, SpecError, TrialSpec, _merged, _Spec, mapping_of, read_yaml
 
 __all__ = [

@@ -27,8 +27,9 @@ from pydantic import (
 )
 
 from ..calibration import Calibration
+from ..errors import unknown
 from ..files import NewerFormat, check_regular, load_json, opened, parse_yaml, record, write_atomically
-from ..registry import Registry, adapters, families, unknown
+from ..registry import Registry, adapters, families
 from ..trainer_kwargs import check_precision
 from ..verdict import Verdict
 

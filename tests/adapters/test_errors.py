@@ -14,7 +14,8 @@ import torch
 
 import gluonts_peft
 from gluonts_peft import get_adapter
-from gluonts_peft.adapters.base import AdapterError, load_adapter
+from gluonts_peft.adapters.base import AdapterError
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.backbone import SITES, Backbone
 
 ADAPTERS = ", ".join(gluonts_peft.list_adapters())

@@ -18,8 +18,8 @@ from transformers import T5ForConditionalGeneration
 
 import gluonts_peft
 from gluonts_peft.adapters.additive import TABLE
-from gluonts_peft.adapters.base import load_adapter
 from gluonts_peft.adapters.dense import fourier_delta, make_dense
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.backbone import Backbone
 from gluonts_peft_chronos import ChronosBackbone
 

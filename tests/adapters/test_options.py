@@ -19,7 +19,8 @@ import gluonts_peft
 from gluonts_peft import get_adapter
 from gluonts_peft.adapters import additive
 from gluonts_peft.adapters.additive import TABLE, Method, PeftAdapter
-from gluonts_peft.adapters.base import AdapterError, load_adapter
+from gluonts_peft.adapters.base import AdapterError
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.adapters.options import in_layers, matching, resolve_pattern
 from gluonts_peft.backbone import Backbone
 from gluonts_peft.testing.cases import make_batch, traits

@@ -20,7 +20,8 @@ from torch import Tensor
 
 import gluonts_peft
 from gluonts_peft import Windows, get_adapter
-from gluonts_peft.adapters.base import AdapterError, load_adapter
+from gluonts_peft.adapters.base import AdapterError
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.adapters.trace import SELECTIONS, Trace
 from gluonts_peft.backbone import Backbone
 

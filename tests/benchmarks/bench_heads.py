@@ -21,7 +21,8 @@ from rich.table import Table
 
 from gluonts_peft import SeriesStore, Windows, get_adapter, load_backbone
 from gluonts_peft.backbone import Source
-from gluonts_peft.heads import KINDS, FeatureCache
+from gluonts_peft.features import FeatureCache
+from gluonts_peft.heads import KINDS
 from gluonts_peft_moment import MomentBackbone
 from gluonts_peft_moment.network import MomentNetwork
 

@@ -12,7 +12,8 @@ import pyarrow.feather
 import pytest
 from gluonts.dataset.pandas import PandasDataset
 
-from gluonts_peft.series.calendar import calendar_of, dated, period_freq, stamps_of
+from gluonts_peft.series.calendar import calendar_of, period_freq, stamps_of
+from gluonts_peft.series.dated import dated
 from gluonts_peft.series.table import read_dataset
 
 pytestmark = pytest.mark.filterwarnings(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gluonts_peft import PeftPredictor, get_estimator
 from gluonts_peft.imputation import train_reconstruction
 from gluonts_peft.series.overlap import held_back
-from gluonts_peft.windows import SeriesStore
+from gluonts_peft.series.store import SeriesStore
 
 START = pd.Period("2024-01-01 00:00", "5min")
 

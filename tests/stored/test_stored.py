@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 import gluonts_peft
 from gluonts_peft import PeftPredictor
-from gluonts_peft.adapters.base import load_adapter
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.registry import get_estimator
 from gluonts_peft.trials import (
     SearchSpec,

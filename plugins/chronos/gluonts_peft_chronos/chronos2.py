@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from gluonts_peft.backbone import Source, Trajectories, find_sites
 
-from .backbone import ChronosBackbone
+from .base import ChronosBackbone
 
 __all__ = ["Chronos2Backbone", "predict_patches", "quantile_loss"]
 
@@ -61,6 +61,9 @@ class Chronos2Backbone(ChronosBackbone):
         longer label, as ``Chronos2Pipeline.fit`` does, at the price of a worse zero-shot forecast of that length.
     """
 
+    pipeline = "Chronos2Pipeline"
+    loads = Chronos2Model
+    wraps = Chronos2Model
     capabilities = frozenset({"quantiles", "features", "covariates", "multivariate"})
     equivariance = "affine"
     ends = {"embedding": ("shared", "input_patch_embedding"), "head": ("output_patch_embedding",)}

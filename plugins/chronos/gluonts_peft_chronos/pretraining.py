@@ -188,7 +188,7 @@ def _build_chronos2(recipe: Recipe) -> tuple[nn.Module, Loss]:
         known = torch.rand(whole.shape[:2], device=whole.device) < 0.7
         known[:, 0] = False
         if rows > 1:
-            whole = _entangle(whole, past)
+            whole = entangle(whole, past)
         history, label = whole.split([past, steps], -1)
         future = torch.where(known[..., None], label, torch.nan) if rows > 1 else None
         predicted, norm = predict_patches(network, history, future, -(-steps // patch))
@@ -215,7 +215,7 @@ def _initialise(network: Any) -> None:
             parameter.normal_(std=spread * network.config.d_kv**-0.5 if name.endswith(".q.weight") else spread)
 
 
-def _entangle(series: Tensor, past: int) -> Tensor:
+def entangle(series: Tensor, past: int) -> Tensor:
     """Let the rows of each group drive each other, ``y_i = a_i x_i + sum_j w_ij x_j(t - lag_j)``.
 
     Parameters

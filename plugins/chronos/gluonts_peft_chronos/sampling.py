@@ -231,7 +231,7 @@ def _draw_paths(
     finite = torch.ones((), dtype=torch.bool, device=uniforms.device)
     newest = torch.full((batch * paths,), _start_token(decoder.model), device=uniforms.device)
     for step in range(steps):
-        probabilities, candidates = _next_distribution(decoder.step(newest), suppressed, temperature, top_k, top_p)
+        probabilities, candidates = next_distribution(decoder.step(newest), suppressed, temperature, top_k, top_p)
         cumulative = probabilities.double().cumsum(-1)
         total = cumulative[:, -1:]
         finite &= total.isfinite().all()
@@ -243,7 +243,7 @@ def _draw_paths(
     return tokens.view(batch, paths, steps)
 
 
-def _next_distribution(
+def next_distribution(
     logits: Tensor, suppressed: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the probabilities that next tokens are drawn with, and which tokens these are.
@@ -270,7 +270,7 @@ def _next_distribution(
         scores = scores / temperature
     candidates = None
     if top_k and top_k < scores.shape[1]:
-        scores, candidates = _top_k(scores, top_k)
+        scores, candidates = best_of(scores, top_k)
     if top_p is None or top_p == 1:
         return scores.softmax(-1), candidates
     if candidates is None:
@@ -282,7 +282,7 @@ def _next_distribution(
     return scores.masked_fill(beyond, -torch.inf).softmax(-1), candidates
 
 
-def _top_k(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def best_of(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Keep the ``top_k`` largest scores of each row and all that are tied with the last of them.
 
     Returns scores and tokens, each of shape ``(rows, width)`` with ``width > top_k``, falling; the rest is -inf.
@@ -291,14 +291,14 @@ def _top_k(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     while True:
         # Ties are rare in float32 but usual in bfloat16, where many scores share a value.
         width = min(width, scores.shape[1])
-        kept, tokens = _largest(scores, width)
+        kept, tokens = largest(scores, width)
         last = kept[:, top_k - 1 : top_k]
         if width == scores.shape[1] or not ((kept[:, -1:] == last) & last.isfinite()).any():
             return kept.masked_fill(kept < last, -torch.inf), tokens
         width *= 2
 
 
-def _largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Like ``scores.topk(width)``, a costly step of a small network on a CPU, in about half the time.
 
     The ``width`` largest values lie in the ``width`` groups of columns with the largest maxima, so the rest is skipped.
@@ -315,7 +315,7 @@ def _largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _forced_logits(
+def forced_logits(
     model: T5ForConditionalGeneration, input_ids: Tensor, attention_mask: Tensor, prefixes: Tensor
 ) -> Tensor:
     """Return the logits after each token of given prefixes, instead of drawing them.

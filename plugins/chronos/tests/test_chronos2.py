@@ -19,7 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 import gluonts_peft
-from gluonts_peft.adapters.base import load_adapter
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.backbone import SITES, Backbone
 from gluonts_peft.checkpoint import CheckpointError
 from gluonts_peft_chronos import ChronosBackbone, ChronosEstimator, chronos2

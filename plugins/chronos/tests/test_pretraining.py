@@ -43,7 +43,7 @@ def test_rows_of_a_group_drive_the_earlier_ones_and_keep_their_gaps() -> None:
     torch.manual_seed(0)
     series = torch.randn(200, 2, 120).cumsum(2)
     series[0, 1, 10:20] = torch.nan
-    found = pretraining._entangle(series, 96)
+    found = pretraining.entangle(series, 96)
     driver, driven = found[1:, 1, :96], found[1:, 0, :96]
     related, apart = (
         torch.stack([torch.corrcoef(torch.stack(pair))[0, 1].abs() for pair in zip(other, driven, strict=True)])

@@ -18,10 +18,10 @@ from transformers.generation.logits_process import (
 )
 
 from gluonts_peft_chronos.sampling import (
-    _forced_logits,
-    _largest,
-    _next_distribution,
-    _top_k,
+    best_of,
+    forced_logits,
+    largest,
+    next_distribution,
     sample_tokens,
 )
 
@@ -99,7 +99,7 @@ def test_logits_equal_forward_at_every_step(name: str) -> None:
     inputs = (*contexts(), forced_prefixes(3, 4, 9))
     expected = official_logits(model, *inputs)
     assert expected.std() > 0.1
-    torch.testing.assert_close(_forced_logits(model, *inputs), expected, rtol=EQUAL, atol=EQUAL)
+    torch.testing.assert_close(forced_logits(model, *inputs), expected, rtol=EQUAL, atol=EQUAL)
 
 
 def test_logits_equal_forward_with_eager_attention() -> None:
@@ -107,14 +107,14 @@ def test_logits_equal_forward_with_eager_attention() -> None:
     model.set_attn_implementation("eager")
     inputs = (*contexts(), forced_prefixes(3, 2, 6))
     model = model.double()
-    torch.testing.assert_close(_forced_logits(model, *inputs), official_logits(model, *inputs), rtol=EQUAL, atol=EQUAL)
+    torch.testing.assert_close(forced_logits(model, *inputs), official_logits(model, *inputs), rtol=EQUAL, atol=EQUAL)
 
 
 def test_logits_in_bfloat16_are_as_close_to_float32_as_forward() -> None:
     inputs = (*contexts(), forced_prefixes(3, 2, 6))
     exact = official_logits(network(), *inputs)
     model = network().to(torch.bfloat16)
-    logits = _forced_logits(model, *inputs)
+    logits = forced_logits(model, *inputs)
     assert logits.dtype == torch.bfloat16
     official = (official_logits(model, *inputs) - exact).abs().mean()
     assert 0 < (logits - exact).abs().mean() < 1.5 * official
@@ -130,7 +130,7 @@ def test_logits_equal_forward_of_a_lora_network() -> None:
     model = inject_adapter_in_model(config, base).eval().double()
     expected = official_logits(model, *inputs)
     assert (expected - before).abs().max() > 0.1
-    torch.testing.assert_close(_forced_logits(model, *inputs), expected, rtol=EQUAL, atol=EQUAL)
+    torch.testing.assert_close(forced_logits(model, *inputs), expected, rtol=EQUAL, atol=EQUAL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -151,7 +151,7 @@ def test_distribution_equals_the_warpers(dtype: torch.dtype, temperature: float,
         processors.append(TopPLogitsWarper(top_p))
     expected = processors(torch.zeros(rows, 1, dtype=torch.long), logits.float()).softmax(-1)
 
-    probabilities, candidates = _next_distribution(logits.clone(), torch.tensor([EOS]), temperature, top_k, top_p)
+    probabilities, candidates = next_distribution(logits.clone(), torch.tensor([EOS]), temperature, top_k, top_p)
     if candidates is None:
         candidates = torch.arange(columns).expand(rows, columns)
     actual = torch.zeros(rows, columns).scatter_add(1, candidates, probabilities)
@@ -166,7 +166,7 @@ def test_top_k_keeps_every_tie() -> None:
     scores = torch.zeros(2, 40)
     scores[0, 5] = 1.0
     scores[1, :3] = torch.tensor([3.0, 2.0, 1.0])
-    kept, tokens = _top_k(scores, 3)
+    kept, tokens = best_of(scores, 3)
     assert kept.isfinite().sum(-1).tolist() == [40, 3]
     assert sorted(tokens[1][kept[1].isfinite()].tolist()) == [0, 1, 2]
 
@@ -174,7 +174,7 @@ def test_top_k_keeps_every_tie() -> None:
 @pytest.mark.parametrize("levels", [5, 10_000], ids=["ties", "distinct"])
 def test_largest_equals_topk(levels: int) -> None:
     scores = torch.randint(levels, (30, 640), generator=torch.Generator().manual_seed(4)).float()
-    values, tokens = _largest(scores, 11)
+    values, tokens = largest(scores, 11)
     torch.testing.assert_close(values, scores.topk(11).values, rtol=0, atol=0)
     assert torch.equal(scores.gather(1, tokens), values)
     assert all(len(set(row)) == 11 for row in tokens.tolist())

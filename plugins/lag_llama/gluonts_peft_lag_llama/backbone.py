@@ -26,7 +26,7 @@ from .network import (
     LagLlamaNetwork,
     RMSNorm,
     StudentT,
-    _check_rope_scaling,
+    check_rope_scaling,
 )
 from .sampling import sample_paths, sample_paths_rescaled
 from .weights import fetch, fingerprint_of, read, write
@@ -83,7 +83,7 @@ class LagLlamaBackbone(Backbone):
             raise ValueError(f"num_samples {num_samples} is not positive")
         super().__init__(network, **options)
         if rope_scaling is not None:
-            _check_rope_scaling(rope_scaling)
+            check_rope_scaling(rope_scaling)
             network.rope_scaling = dict(rope_scaling)
         self.num_samples = network.config.num_parallel_samples if num_samples is None else num_samples
         self.rescale = rescale

@@ -106,7 +106,7 @@ class LagLlamaConfig:
             raise ValueError(f"time_feat {self.time_feat!r} must be true or false")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout!r} is not a probability below 1")
-        _check_rope_scaling(self.rope_scaling)
+        check_rope_scaling(self.rope_scaling)
 
     @property
     def width(self) -> int:
@@ -129,7 +129,7 @@ class LagLlamaConfig:
         return tuple(field.name for field in fields(cls))
 
 
-def _check_rope_scaling(value: Mapping[str, Any] | None) -> None:
+def check_rope_scaling(value: Mapping[str, Any] | None) -> None:
     if value is None:
         return
     if not isinstance(value, Mapping) or set(value) != {"type", "factor"} or value["type"] not in ROPE_SCALINGS:

@@ -6,23 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backbone import MoiraiBackbone
+    from .backbone import Moirai1Backbone, Moirai2Backbone, MoiraiBackbone, MoiraiMoEBackbone
     from .estimator import MoiraiEstimator
-    from .quantiles import Moirai2Backbone
-    from .sampling import Moirai1Backbone, MoiraiMoEBackbone
 
 __all__ = ["Moirai1Backbone", "Moirai2Backbone", "MoiraiBackbone", "MoiraiEstimator", "MoiraiMoEBackbone"]
 
-_MODULES = {
-    "Moirai1Backbone": "sampling",
-    "Moirai2Backbone": "quantiles",
-    "MoiraiBackbone": "backbone",
-    "MoiraiEstimator": "estimator",
-    "MoiraiMoEBackbone": "sampling",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    if name in __all__:
+        return getattr(import_module(".estimator" if name == "MoiraiEstimator" else ".backbone", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from uni2ts import distribution
 from uni2ts.distribution._base import convert_to_container, tree_map_multi
 
 from gluonts_peft.checkpoint import CheckpointError
-from gluonts_peft.registry import unknown
+from gluonts_peft.errors import unknown
 
 __all__ = ["decode", "drawing_from", "log_prob", "parameters"]
 

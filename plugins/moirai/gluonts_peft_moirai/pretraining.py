@@ -65,7 +65,7 @@ def build(recipe: Recipe) -> tuple[nn.Module, Loss]:
         start = int(torch.randint(backbone.patch_size, ()))
         values = torch.cat([history, label], 1)[:, None, start:]
         if torch.rand(()) < 0.25:
-            values = _related(values)
+            values = related(values)
         observed = ~values.isnan()
         given = Window(values.nan_to_num(0.0), observed, label.shape[1], values.shape[1], 0, True)
         cut = tokens(impute(given), backbone.patch_size)
@@ -90,7 +90,7 @@ def build(recipe: Recipe) -> tuple[nn.Module, Loss]:
     return network, quantile_loss
 
 
-def _related(values: Tensor) -> Tensor:
+def related(values: Tensor) -> Tensor:
     """Make pairs of variates, related or not, of ``(batch, 1, steps)``: shape ``(batch // 2, 2, steps)``."""
     half = len(values) // 2
     first, second = values[:half, 0], values[half : 2 * half, 0]

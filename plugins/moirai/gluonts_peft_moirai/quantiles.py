@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gluonts_peft.backbone import Source, Trajectories
 
-from .backbone import MoiraiBackbone
+from .base import MoiraiBackbone
 from .tokens import Tokens, encode, impute, tokens
 
 __all__ = ["Moirai2Backbone"]
@@ -27,6 +27,10 @@ class Moirai2Backbone(MoiraiBackbone):
 
     capabilities = frozenset({"quantiles", "features", "covariates", "multivariate"})
     ends = {"embedding": ("in_proj",), "head": ("out_proj",)}
+
+    @classmethod
+    def fits(cls, network: nn.Module) -> bool:
+        return hasattr(network, "quantile_levels")
 
     def __init__(self, network: nn.Module, *, prediction_length: int, source: Source, **options: Any) -> None:
         self.patch_size: int = network.patch_size  # type: ignore[assignment]

@@ -12,9 +12,9 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from gluonts_peft.backbone import Trajectories
-from gluonts_peft.registry import unknown
+from gluonts_peft.errors import unknown
 
-from .backbone import MoiraiBackbone
+from .base import MoiraiBackbone
 from .distributions import drawing_from, log_prob, parameters
 from .tokens import Tokens, Window, encode, impute, tokens
 
@@ -163,6 +163,10 @@ class Moirai1Backbone(_Sampling):
 
     ends = {"embedding": ("in_proj", "mask_encoding"), "head": ("param_proj",)}
 
+    @classmethod
+    def fits(cls, network: nn.Module) -> bool:
+        return hasattr(network, "mask_encoding") and not hasattr(network, "feat_proj")
+
     def __init__(
         self,
         network: nn.Module,
@@ -251,6 +255,10 @@ class MoiraiMoEBackbone(_Sampling):
     """
 
     ends = {"embedding": ("in_proj", "res_proj", "feat_proj"), "head": ("param_proj",)}
+
+    @classmethod
+    def fits(cls, network: nn.Module) -> bool:
+        return hasattr(network, "feat_proj")
 
     def __init__(
         self,

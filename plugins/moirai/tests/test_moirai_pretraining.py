@@ -12,7 +12,7 @@ from uni2ts.model.moirai2 import Moirai2Module
 from gluonts_peft.pretraining import pretrain
 from gluonts_peft_moirai import MoiraiBackbone
 from gluonts_peft_moirai.loading import save_network
-from gluonts_peft_moirai.pretraining import RECIPES, _related, build
+from gluonts_peft_moirai.pretraining import RECIPES, build, related
 
 
 def test_a_few_steps_learn_and_write_a_folder_that_opens(tmp_path: Path) -> None:
@@ -54,15 +54,15 @@ def test_gaps_and_missing_starts_give_a_finite_loss_and_gradient() -> None:
 def test_pairs_of_variates_keep_their_own_level_and_spread() -> None:
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor([10.0, 100.0] * 32)[:, None, None] + torch.randn(64, 1, 400, generator=generator)
-    pairs = _related(values)
+    pairs = related(values)
 
     assert pairs.shape == (32, 2, 400)
     assert torch.equal(pairs[:, 0], values[:32, 0])
     torch.testing.assert_close(pairs[:, 1].mean(1), values[32:, 0].mean(1), rtol=0.02, atol=0.02)
-    related = torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs])
-    assert (related > 0.5).any()
-    assert (related < -0.5).any()
-    assert (related.abs() < 0.2).any()
+    correlations = torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs])
+    assert (correlations > 0.5).any()
+    assert (correlations < -0.5).any()
+    assert (correlations.abs() < 0.2).any()
 
 
 def test_the_bundled_checkpoint_is_what_its_recipe_makes() -> None:

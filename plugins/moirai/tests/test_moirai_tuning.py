@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import gluonts_peft
-from gluonts_peft.adapters.base import Adapter, AdapterError, load_adapter
+from gluonts_peft.adapters.base import Adapter, AdapterError
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.backbone import Backbone
 from gluonts_peft_moirai import MoiraiEstimator
 

@@ -17,7 +17,7 @@ from transformers.models.t5 import modeling_t5
 
 import gluonts_peft
 from gluonts_peft import PeftPredictor, load_backbone
-from gluonts_peft.adapters.base import load_adapter
+from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.backbone import SITES
 from gluonts_peft.checkpoint import CheckpointError
 from gluonts_peft.testing import (
