@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 from ..processes import keeping_handler, scratch
+from .identity import base_fingerprint
 from .spec import BASELINE, SpecError, TrialResult, TrialSpec
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def _expected(trials: list[TrialSpec]) -> dict[str, Any]:
         "versions": code_versions(trials),
         "data": [[text, load_data(each).fingerprint] for text, each in data.items()],
         # Bundled ones are the same where the versions are.
-        "bases": [[*base, _base_fingerprint(*base)] for base, kind in sorted(kinds.items()) if kind != "bundled"],
+        "bases": [[*base, base_fingerprint(*base)] for base, kind in sorted(kinds.items()) if kind != "bundled"],
     }
 
 
@@ -291,21 +292,6 @@ def _kind(trial: TrialSpec) -> str:
     from ..registry import get_estimator
 
     return parse(trial.checkpoint, bundled=get_estimator(trial.family).backbone_class.bundled()).kind
-
-
-def base_fingerprints(trials: Iterable[TrialSpec]) -> dict[str, str]:
-    """Return the fingerprint of the pretrained weights of each family and checkpoint of some trials."""
-    wanted = sorted({(trial.family, trial.checkpoint) for trial in trials if trial.family != BASELINE})
-    return {f"{family} {name}": _base_fingerprint(family, name) for family, name in wanted}
-
-
-def _base_fingerprint(family: str, name: str) -> str:
-    from ..checkpoint import parse
-    from ..registry import get_estimator
-
-    backbone = get_estimator(family).backbone_class
-    folder, _ = backbone.fetch(parse(name, bundled=backbone.bundled()))
-    return str(backbone.fingerprint(folder))
 
 
 def code_versions(trials: Iterable[TrialSpec]) -> dict[str, str]:
@@ -360,7 +346,7 @@ def _probe(probes: str, mark: str, node: str, expected_text: str) -> list[str]:
             faults.append(f"data of source {data.source!r} (path {data.path!r}) differ from the driver's")
     for family, name, fingerprint in expected["bases"]:
         try:
-            found = _base_fingerprint(family, name)
+            found = base_fingerprint(family, name)
         except (OSError, ValueError) as error:
             faults.append(f"checkpoint {name!r} of family {family!r} cannot be read: {error}")
             continue

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import foreign, locked, record, write_atomically
 from ..processes import end_with_parent, end_workers
-from .identity import trial_folder
+from .identity import base_fingerprints, trial_folder
 from .spec import SpecError, StudySpec, TrialResult, TrialSpec, from_record, read_record
 
 if TYPE_CHECKING:
@@ -268,7 +268,6 @@ def _check_usable(trials: list[TrialSpec]) -> None:
 
 
 def _check_unchanged(folder: Path, done: list[TrialResult]) -> None:
-    from .cluster import base_fingerprints
     from .data import load_data
 
     used = {(result.spec.data, result.data_fingerprint) for result in done}

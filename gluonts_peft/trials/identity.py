@@ -7,14 +7,15 @@ and compared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
 from ..files import check_regular
-from .spec import RESULT, SpecError, TrialResult, TrialSpec
+from .spec import BASELINE, RESULT, SpecError, TrialResult, TrialSpec
 
-__all__ = ["read_scores", "trial_folder"]
+__all__ = ["base_fingerprint", "base_fingerprints", "read_scores", "trial_folder"]
 
 # Results that were looked at: path -> when it was written, and the hash of its spec today, if it is finished.
 _seen: dict[Path, tuple[int, str | None]] = {}
@@ -26,6 +27,22 @@ def trial_folder(folder: Path, trial: TrialSpec) -> Path:
     if (own / RESULT).exists():
         return own
     return next((path for path in _others(folder) if _finished(path / RESULT) == trial.hash()), own)
+
+
+def base_fingerprint(family: str, checkpoint: str) -> str:
+    """Return the fingerprint of pretrained weights."""
+    from ..checkpoint import parse
+    from ..registry import get_estimator
+
+    backbone = get_estimator(family).backbone_class
+    folder, _ = backbone.fetch(parse(checkpoint, bundled=backbone.bundled()))
+    return str(backbone.fingerprint(folder))
+
+
+def base_fingerprints(trials: Iterable[TrialSpec]) -> dict[str, str]:
+    """Return the fingerprint of the pretrained weights of each family and checkpoint of some trials."""
+    wanted = sorted({(trial.family, trial.checkpoint) for trial in trials if trial.family != BASELINE})
+    return {f"{family} {name}": base_fingerprint(family, name) for family, name in wanted}
 
 
 def read_scores(path: Path, columns: list[str] | None = None) -> pd.DataFrame:

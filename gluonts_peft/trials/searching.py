@@ -27,7 +27,6 @@ import pandas as pd
 
 from ..files import foreign, locked, record, workshop, write_atomically
 from .cluster import (
-    base_fingerprints,
     check_nodes,
     code_versions,
     connected,
@@ -36,6 +35,7 @@ from .cluster import (
     shared_folder,
     whereabouts,
 )
+from .identity import base_fingerprints
 from .records import (
     BEST,
     FAILED,
