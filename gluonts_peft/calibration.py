@@ -27,7 +27,8 @@ from .verdict import FOLDS, LEVELS, between, keys_of, scale
 
 if TYPE_CHECKING:
     from .backbone import Backbone
-    from .windows import LastWindows, SeriesStore, Windows
+    from .series.store import SeriesStore
+    from .series.windows import LastWindows, Windows
 
 __all__ = ["LEAST_UNITS", "Calibration", "Calibrator", "learn", "require_quantiles", "set_apart"]
 
@@ -339,7 +340,7 @@ def set_apart(last: LastWindows, unit: str, *, own: bool) -> tuple[LastWindows, 
     ValueError
         If fewer than 20 units can be set apart.
     """
-    from .windows import LastWindows
+    from .series.windows import LastWindows
 
     store = last.windows.store
     keys = keys_of(store, last.series, unit)

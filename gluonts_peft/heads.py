@@ -152,7 +152,7 @@ class Head(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.body = nn.Sequential(*layers)
         # Without the usual initialisation, which would move the state of the random numbers.
-        self.last: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+        self.last: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 

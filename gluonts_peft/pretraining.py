@@ -123,7 +123,7 @@ def pretrain(
     torch.manual_seed(recipe.seed)
     network, loss_of = build(recipe)
     network.to(device).train()
-    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)  # type: ignore[no-untyped-call]
+    decay = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.average)
     average = torch.optim.swa_utils.AveragedModel(network, multi_avg_fn=decay)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, foreach=True
@@ -152,7 +152,7 @@ def pretrain(
             break
         loss = loss_of(history, label)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()

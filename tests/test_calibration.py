@@ -24,9 +24,10 @@ from gluonts_peft.calibration import LEAST_UNITS, Calibration, Calibrator, learn
 from gluonts_peft.cli import app
 from gluonts_peft.imputation import train_reconstruction
 from gluonts_peft.predictor import PeftPredictor, PredictorError
+from gluonts_peft.series.store import SeriesStore
+from gluonts_peft.series.windows import Windows
 from gluonts_peft.trials import SpecError, TrialSpec, run_trial
 from gluonts_peft.verdict import LEVELS, scale
-from gluonts_peft.windows import SeriesStore, Windows
 
 Q = np.asarray(LEVELS)
 

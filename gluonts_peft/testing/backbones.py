@@ -369,7 +369,7 @@ def loss_is_differentiable(case: BackboneCase) -> None:
     require(
         found.shape == (4,) and found.requires_grad, "loss has no gradient in training mode; remove detach or no_grad"
     )
-    found.mean().backward()  # type: ignore[no-untyped-call]
+    found.mean().backward()
     gradients = {name: p.grad for name, p in backbone.network.named_parameters() if p.grad is not None}
     require(any(g.any() for g in gradients.values()), "no gradient reaches the network")
     broken = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
@@ -406,7 +406,7 @@ def loss_takes_missing_labels(case: BackboneCase) -> None:
     backbone.network.requires_grad_(True)
     found = backbone.loss(batch)
     require(found.isfinite().all(), f"loss is not finite where one step of a label is observed: {found.tolist()}")
-    found.mean().backward()  # type: ignore[no-untyped-call]
+    found.mean().backward()
     broken = [n for n, p in backbone.network.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     require(not broken, f"the gradient of {broken[:1]} is not finite where most of a label is missing")
     whole = loss_of(case.base, case.batch)

@@ -466,7 +466,7 @@ def train_steps(
             continue
         penalty = adapter.penalty()
         optimizer.zero_grad()
-        (value if penalty is None else value + penalty).backward()  # type: ignore[no-untyped-call]
+        (value if penalty is None else value + penalty).backward()
         torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
         optimizer.step()
         adapter.after_step(step)

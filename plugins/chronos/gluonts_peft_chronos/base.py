@@ -111,7 +111,7 @@ class ChronosBackbone(Backbone):
         context_length: int | None = None,
         source: Source,
         **options: Any,
-    ) -> ChronosBackbone:  # type: ignore[override]
+    ) -> ChronosBackbone:
         kind = next((kind for kind in cls.architectures if isinstance(network, kind.wraps)), None)
         if kind is None:
             known = ", ".join(kind.wraps.__name__ for kind in cls.architectures)

@@ -62,7 +62,7 @@ class BoltBackbone(ChronosBackbone):
         observed = batch["future_observed_values"][:, None, :horizon]
         predicted = predicted.view(len(label), len(self.levels), -1)[..., : label.shape[-1]].float()
         difference = (label - loc[:, None]) / scale[:, None] - predicted
-        levels = network.quantiles.view(1, -1, 1)  # type: ignore[union-attr, operator]
+        levels = network.quantiles.view(1, -1, 1)  # type: ignore[operator]
         pinball = torch.maximum(levels * difference, (levels - 1.0) * difference)
         return 2.0 * (pinball * observed).mean(1).sum(1)
 
@@ -87,7 +87,7 @@ class BoltBackbone(ChronosBackbone):
         and the quantiles of all that follows from it are kept: the official pipeline's rule.
         """
         context = with_gaps(batch)
-        limit = self.network.chronos_config.context_length  # type: ignore[union-attr]
+        limit = int(self.network.chronos_config.context_length)  # type: ignore[union-attr, arg-type]
         levels = torch.tensor(self.levels, device=context.device)
         blocks = [self._quantiles(context)]
         paths = context[:, None]

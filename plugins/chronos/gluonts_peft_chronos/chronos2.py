@@ -326,7 +326,8 @@ def _attend(
     """Let ``queries``, the last of ``states``, attend to all of them; scores are not scaled, as in T5."""
 
     def heads(values: Tensor) -> Tensor:
-        return values.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+        apart: Tensor = values.unflatten(-1, (attention.n_heads, -1)).transpose(1, 2)
+        return apart
 
     query, key, value = heads(attention.q(queries)), heads(attention.k(states)), heads(attention.v(states))
     if rotation is not None:

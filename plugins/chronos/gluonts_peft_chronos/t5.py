@@ -72,7 +72,7 @@ class T5Backbone(ChronosBackbone):
         """Return token ids of scaled values, shape of ``values``; missing values are the padding token."""
         config = self.chronos_config
         scaled = values / scale[:, None]
-        boundaries: Tensor = self.boundaries.to(scaled.dtype)  # type: ignore[operator, assignment]
+        boundaries: Tensor = self.boundaries.to(scaled.dtype)  # type: ignore[assignment]
         ids = torch.bucketize(scaled, boundaries, right=True) + config.n_special_tokens
         return torch.where(observed > 0, ids.clamp_(0, config.n_tokens - 1), config.pad_token_id)
 

@@ -152,7 +152,7 @@ class StudentT(NamedTuple):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density at some values, of the shape of the parameters."""
         law = torch.distributions.StudentT(*self, validate_args=False)
-        result: Tensor = law.log_prob(value)  # type: ignore[no-untyped-call]
+        result: Tensor = law.log_prob(value)
         return result
 
     def quantile_of(self, uniform: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class MoiraiBackbone(Backbone):
         context_length: int | None = None,
         source: Source,
         **options: Any,
-    ) -> MoiraiBackbone:  # type: ignore[override]
+    ) -> MoiraiBackbone:
         kind = next((kind for kind in cls.architectures if kind.fits(network)), None)
         if kind is None:
             raise ValueError(f"network {type(network).__name__} is no MoiraiModule, MoiraiMoEModule or Moirai2Module")

@@ -77,12 +77,14 @@ def parameters(projection: nn.Module, features: Tensor, index: int, patch_size: 
 
     def project(linear: Any) -> Tensor:
         def rows(x: Tensor) -> Tensor:
-            return x.unflatten(0, (linear.dim, -1))[:, :patch_size].flatten(0, 1)
+            kept: Tensor = x.unflatten(0, (linear.dim, -1))[:, :patch_size].flatten(0, 1)
+            return kept
 
         weight = rows(linear.weight[index] * linear.mask[index])
         found = functional.linear(features, weight, rows(linear.bias[index]))
         # The domain maps are exponentials: half precision would be felt.
-        return found.float().unflatten(-1, (linear.dim, patch_size)).transpose(-1, -2).flatten(2, 3)
+        steps: Tensor = found.float().unflatten(-1, (linear.dim, patch_size)).transpose(-1, -2).flatten(2, 3)
+        return steps
 
     raw = tree_map(project, convert_to_container(projection.proj))
     return tree_map_multi(lambda func, x: func(x), projection.domain_map, raw)

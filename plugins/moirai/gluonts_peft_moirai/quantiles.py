@@ -73,7 +73,8 @@ class Moirai2Backbone(MoiraiBackbone):
         network: Any = self.network
         states = self._states(cut, loc, scale, positions[-1] + 1)
         found: Tensor = network.out_proj(states[:, : cut.targets, positions.start :: positions.step])
-        return found.float().unflatten(-1, (self.own_patches, len(self.levels), self.patch_size))
+        apart: Tensor = found.float().unflatten(-1, (self.own_patches, len(self.levels), self.patch_size))
+        return apart
 
     def _states(self, cut: Tokens, loc: Tensor, scale: Tensor, stop: int) -> Tensor:
         """Return the states of the first ``stop`` patches, shape ``(batch, variates, stop, d_model)``."""

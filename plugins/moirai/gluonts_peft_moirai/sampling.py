@@ -320,4 +320,5 @@ class MoiraiMoEBackbone(_Sampling):
                 patch = base.sample() * scale + loc
             drawn.append(patch)
             cut = cut.fill(patch[:, :, None], position)
-        return torch.cat(drawn, -1).unflatten(0, (rows, count))
+        paths: Tensor = torch.cat(drawn, -1).unflatten(0, (rows, count))
+        return paths

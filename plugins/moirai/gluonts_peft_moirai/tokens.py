@@ -208,4 +208,5 @@ def encode(network: nn.Module, embedded: Tensor, given: Tokens, *, causal: bool)
     if causal:
         mask = mask & (time[:, None] <= time[:, :, None])
     encoded: Tensor = network.encoder(embedded.flatten(1, 2), mask, time_id=time, var_id=variate)  # type: ignore
-    return encoded.unflatten(1, (variates, count))
+    apart: Tensor = encoded.unflatten(1, (variates, count))
+    return apart

@@ -156,7 +156,7 @@ class ForecastingHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         # Without the usual initialisation, which would move the state of the random numbers.
-        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, width, horizon)  # type: ignore[no-untyped-call]
+        self.linear: nn.Linear = nn.utils.skip_init(nn.Linear, width, horizon)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
