@@ -230,6 +230,19 @@ def test_a_constant_history_is_left_out_of_mase_and_counted() -> None:
     assert rows.attrs["unscaled_windows"] == total.attrs["unscaled_windows"] == 1
 
 
+def test_mase_weighs_windows_by_their_observed_labels() -> None:
+    """Errors of 1 and 4 seasonal errors, on four labels and on one."""
+    history = [0.0, 1.0] * 4
+    data = [
+        entry("whole", [*history, 2.0, 2.0, 2.0, 2.0]),
+        entry("one", [*history, np.nan, np.nan, np.nan, 5.0]),
+    ]
+    options: dict[str, Any] = {"metrics": [MASE("0.5")], "seasonality": 1}
+    rows = backtest(SeasonalNaive(4), data, per_window=True, **options)["MASE[0.5]"]
+    assert list(rows) == [1.0, 4.0]
+    assert backtest(SeasonalNaive(4), data, **options)["MASE[0.5]"].item() == (4 * 1.0 + 1 * 4.0) / 5 != rows.mean()
+
+
 def test_zero_labels_are_left_out_of_mape() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

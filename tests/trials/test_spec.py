@@ -357,9 +357,9 @@ def test_the_great_study_has_every_adapter_and_baseline() -> None:
     assert len(study.grid["seed"]) == 5
 
 
-def test_the_study_over_all_patients_has_every_adapter_and_baseline_too() -> None:
+def test_the_study_over_all_patients_has_every_adapter_too() -> None:
     great, all_patients = (load_study(ROOT / f"examples/studies/{name}.yaml") for name in ("vitals", "all_patients"))
-    assert all_patients.baselines == great.baselines
+    assert {"seasonal_naive", "nbeats", "tft"} < set(all_patients.baselines) <= set(great.baselines)
     assert all_patients.grid["adapter"] == great.grid["adapter"]
     assert all_patients.base["data"]["folds"] == 5
 
