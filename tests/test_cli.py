@@ -819,7 +819,12 @@ def test_a_study_runs_and_a_second_run_continues(tmp_path: Path) -> None:
     results = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
     assert len(results) == 2
     assert ok("study", spec, "--out", out) == first
+    assert ok("study", spec, "--out", out, "--export", "fev") == f"{first}summary for fev: {out / 'fev.csv'}\n"
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == results
+    assert list(pd.read_csv(out / "fev.csv")["model_name"]) == ["last value", "lora"]
+    assert refused("study", spec, "--out", out, "--export", "fevv") == (
+        "--export 'fevv' is unknown; did you mean 'fev'? known: fev"
+    )
 
     sentence = refused("study", spec, "--out", out, "--set", "prediction_length=7")
     assert sentence.startswith(f"folder '{out}' holds another study: of its trials 2 only there ")
