@@ -614,6 +614,9 @@ def backtest(
     windows: Annotated[int, typer.Option(help="Windows a series, the last ones.")] = 1,
     seasonality: Season = None,
     baselines: Baselines = True,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="Score this as well: auto_ets or auto_theta (extra baselines).")
+    ] = None,
     num_samples: Samples = None,
     device: Device = "auto",
     unusable: Unusable = "raise",
@@ -631,6 +634,12 @@ def backtest(
         if not out.parent.is_dir():
             raise FileNotFoundError(f"the folder of --out {out} does not exist; make it first")
     _check_model(model, family, horizon, context)
+    from .trials.spec import STATISTICAL, missing_package
+
+    for name in baseline or ():
+        _one_of("baseline", name, STATISTICAL)
+        if package := missing_package(name):
+            raise ImportError(f"--baseline {name} needs {package}; install gluonts-peft[baselines]")
     dataset = columns.read(data)
 
     import pandas as pd
@@ -675,6 +684,14 @@ def backtest(
             _say(f"{without} of {all_windows} windows have {why}: seasonal naive {there}")
         for name, steps in naive.items():
             scores[name] = score(SeasonalNaive(predictor.prediction_length, steps), dataset, **common)
+    for name in dict.fromkeys(baseline or ()):
+        from .trials.statistical import SIMPLER, StatisticalPredictor
+        from .trials.tables import BASELINES
+
+        fitted = StatisticalPredictor(predictor.prediction_length, name, season_length=season)
+        scores[BASELINES[name]] = score(fitted, dataset, **common)
+        for reason, count in fitted.simpler.items():
+            _say(f"{BASELINES[name]} forecasts {count} of {counts['windows']} windows {SIMPLER[reason]}")
     frame = pd.concat([over_all for over_all, _ in scores.values()], keys=scores.keys()).droplevel(1)
     tests = against_zero_shot({name: each[METRICS[JUDGE]] for name, (_, each) in scores.items()}, JUDGE)
     rows = [(metric, *(f"{value:.4g}" for value in column)) for metric, column in frame.items()]
@@ -946,7 +963,22 @@ def demo(
     real = {"data.source": "hourly", "data.path": str(data), "prediction_length": 12, "context_length": 72}
     if patients is not None:
         real["data.patients"] = str(patients)
-    _run_study(spec, out, jobs, {} if data is None else real)
+    overrides: dict[str, Any] = {} if data is None else real
+    _run_study(spec, out, jobs, overrides | _installed_baselines(spec))
+
+
+def _installed_baselines(spec: Path) -> dict[str, Any]:
+    """Return what leaves those baselines of a study out whose package is not installed; say which these are."""
+    from .trials.spec import missing_package, read_yaml
+
+    named = read_yaml(spec, "study", "base, grid, baselines and title").get("baselines") or []
+    # What is wrong with them is said by the study itself.
+    lacking = [each for each in named if missing_package(each)] if isinstance(named, list) else []
+    if not lacking:
+        return {}
+    names = [each["name"] if isinstance(each, dict) else each for each in lacking]
+    _say(f"left out: {', '.join(names)}; their packages come with pip install gluonts-peft[baselines]")
+    return {"baselines": [each for each in named if each not in lacking]}
 
 
 def _run_study(

@@ -564,6 +564,26 @@ def test_backtest_puts_zero_shot_and_naive_beside_the_model(data: Path, model: P
     assert list(pd.read_csv(out)["model"]) == ["model"]
 
 
+def test_backtest_scores_statistical_baselines_where_they_are_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("statsforecast", reason="the extra gluonts-peft[baselines] is not installed")
+    path, out = tmp_path / "data.csv", tmp_path / "scores.csv"
+    stamps = pd.date_range("2024-01-01", periods=40, freq="h").astype(str)
+    values = 50 + np.random.default_rng(0).normal(size=40).cumsum()
+    pd.DataFrame({"item_id": "a", "timestamp": stamps, "target": values}).to_csv(path, index=False)
+    command = ("backtest", path, "--family", "chronos", "--horizon", "6", "--out", out, "--no-baselines")
+    result = ok(*command, "--baseline", "auto_theta", "--baseline", "auto_theta")
+    assert "AutoTheta forecasts 1 of 1 windows without a season" in result
+    frame = pd.read_csv(out)
+    assert list(frame["model"]) == ["zero-shot", "AutoTheta"]
+    assert frame["MAE[0.5]"].notna().all()
+    assert refused(*command, "--overwrite", "--baseline", "lightgbm").startswith("baseline 'lightgbm' is unknown; ")
+    monkeypatch.setitem(sys.modules, "statsforecast", None)
+    sentence = "--baseline auto_ets needs statsforecast; install gluonts-peft[baselines]"
+    assert refused(*command, "--overwrite", "--baseline", "auto_ets") == sentence
+
+
 @pytest.mark.parametrize(
     ("freq", "steps", "shown", "said"),
     [
@@ -784,7 +804,7 @@ def test_demo_needs_its_study() -> None:
 
 def test_demo_takes_real_data(trials: list[Any], tmp_path: Path) -> None:
     spec = tmp_path / "demo.yaml"
-    spec.write_text("")
+    spec.write_text("base: {}")
     ok("demo", "--study", spec)
     ok("demo", "--study", spec, "--data", "hourly.parquet", "--out", tmp_path)
     real = {"data.source": "hourly", "data.path": "hourly.parquet", "prediction_length": 12, "context_length": 72}
@@ -794,6 +814,19 @@ def test_demo_takes_real_data(trials: list[Any], tmp_path: Path) -> None:
         (spec, real),
         ("the study", tmp_path, 1),
     ]
+
+
+def test_demo_leaves_out_what_is_not_installed_and_says_so(
+    trials: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = tmp_path / "demo.yaml"
+    spec.write_text("base: {}\nbaselines: [last_value, auto_ets, {name: lightgbm, num_leaves: 7}]")
+    for package in ("statsforecast", "lightgbm"):
+        monkeypatch.setitem(sys.modules, package, None)
+    result = ok("demo", "--study", spec)
+    assert trials[0] == (spec, {"baselines": ["last_value"]})
+    said = "left out: auto_ets, lightgbm; their packages come with pip install gluonts-peft[baselines]"
+    assert said in result
 
 
 SPEC = """

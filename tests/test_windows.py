@@ -474,6 +474,24 @@ def test_a_large_store_is_never_held_in_memory(tmp_path):
     (tmp_path / "values.bin").unlink()
 
 
+def test_numbered_windows_are_all_that_are_drawn_from():
+    gap = np.r_[np.arange(6.0), np.full(5, NAN), np.arange(6.0)]
+    store = SeriesStore.from_dataset([{"target": np.arange(9.0)}, {"target": [1.0]}, {"target": gap}])
+    windows = Windows(store, context_length=3, prediction_length=2, holdout=1)
+    pairs = [(0, cut) for cut in range(1, 7)] + [(2, cut) for cut in range(1, 15)]
+    assert len(windows) == len(pairs)
+    # Nothing is observed in one half of these.
+    good = [pair for pair in pairs if pair[0] == 0 or not 6 <= pair[1] <= 11]
+    expected = windows.read(*zip(*good, strict=True))
+    found = windows.numbered(np.arange(len(windows)))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    one = windows.numbered([len(windows) - 1])
+    assert all(np.array_equal(one[name], expected[name][-1:]) for name in one)
+    with pytest.raises(IndexError, match="^window 20 does not exist: numbers go from 0 to 19$"):
+        windows.numbered([3, 20])
+
+
 @pytest.mark.parametrize("options", [{}, {"min_context": 5}, {"holdout": 3}, {"min_context": 4, "holdout": 6}])
 @pytest.mark.parametrize(("context", "prediction"), [(6, 3), (1, 1), (50, 4), (3, 9)])
 def test_sampled_windows_equal_a_loop_and_are_admissible(store, dataset, context, prediction, options):

@@ -219,6 +219,35 @@ class Windows:
         series, cuts, _, _ = self._draw(step, batch_size)
         return series, cuts
 
+    def numbered(self, numbers: ArrayLike) -> Batch:
+        """Read windows that `sample` draws from by their numbers.
+
+        Parameters
+        ----------
+        numbers : array-like of integers, shape (N,)
+            From 0 to ``len(self) - 1``, series by series, earlier cuts first.
+
+        Returns
+        -------
+        dict of ndarray
+            As `sample`, of N windows, less those that fall wholly into a gap.
+
+        Raises
+        ------
+        IndexError
+            There is no such number.
+        """
+        numbers = np.asarray(numbers, np.int64)
+        wrong = (numbers < 0) | (numbers >= len(self))
+        if wrong.any():
+            raise IndexError(f"window {numbers[wrong][0]} does not exist: numbers go from 0 to {len(self) - 1}")
+        series, cuts = self._place(numbers)
+        values, observed = self._gather(series, cuts)
+        if self.store.missing:
+            good = self._admissible(observed)
+            series, cuts, values, observed = series[good], cuts[good], values[good], observed[good]
+        return self._batch(series, cuts, values, observed)
+
     def read(self, series: ArrayLike, cuts: ArrayLike) -> Batch:
         """Read the named windows, admissible or not, also from the holdout.
 
@@ -352,8 +381,7 @@ class Windows:
         size = batch_size
         while True:
             tickets = generator.integers(0, len(self), size)
-            where = np.searchsorted(self._ends, tickets, side="right")
-            series, cuts = self._series[where], tickets + self._shifts[where]
+            series, cuts = self._place(tickets)
             values, observed = self._gather(series, cuts)
             good = self._admissible(observed) if self.store.missing else None
             if good is None or (not parts and good.all()):
@@ -372,6 +400,11 @@ class Windows:
                     "the series, leave out those with long ones, or use longer windows"
                 )
             size = min(2 * (batch_size - found) * drawn // max(found, 1), max(self._rows(), batch_size))
+
+    def _place(self, tickets: Integers) -> tuple[Integers, Integers]:
+        """Series and cuts of the windows of these numbers."""
+        where = np.searchsorted(self._ends, tickets, side="right")
+        return self._series[where], tickets + self._shifts[where]
 
     def _gather(self, series: Integers, cuts: Integers) -> tuple[Floats, NDArray[np.bool_]]:
         """Values, 0 where not observed, and whether observed, of shape (B, C + H) or (B, C + H, columns)."""

@@ -248,15 +248,22 @@ def _check_claim(folder: Path, trials: list[TrialSpec]) -> None:
 
 
 def _check_usable(trials: list[TrialSpec]) -> None:
-    """Make sure that adapters know their options and that data can be read, which a trial learns only when it runs."""
+    """Make sure of what a trial learns only when it runs: that adapters and baselines know their options, that packages
+    are there, and that data can be read."""
     from ..adapters.load import get_adapter
     from .data import load_data
+    from .run import check_baseline
 
     faults = []
     for adapter in {json.dumps(trial.adapter): trial.adapter for trial in trials}.values():
         try:
             get_adapter(adapter).require_trainable()
         except (ValueError, TypeError) as error:
+            faults.append(str(error))
+    for trial in trials:
+        try:
+            check_baseline(trial)
+        except (ImportError, ValueError) as error:
             faults.append(str(error))
     for data in dict.fromkeys(data for trial in trials for data in (trial.data, *trial.also.values())):
         try:

@@ -32,16 +32,18 @@ from .sections import (
     tests_of,
 )
 from .spec import StudySpec, TrialResult, TrialSpec, read_json
+from .statistical import SIMPLER
 from .tables import (
     ADAPTER,
+    BASELINES,
     CLAIMS,
     COVERAGE,
     FULL,
     INTERVAL,
     JUDGE,
     METRICS,
-    NAIVE_KIND,
     SCRATCH,
+    UNTRAINED,
     ZERO_SHOT,
     Row,
     counts_of,
@@ -267,7 +269,7 @@ def _sentences(frame: pd.DataFrame) -> list[tuple[str, str]]:
             sentence = f"{score}; what the others are compared with."
         else:
             sentence = f"{_judgement(row)}; {score}, {seeds}."
-            if row["seeds"] == 1 and row["kind"] != NAIVE_KIND:
+            if row["seeds"] == 1 and row["kind"] not in UNTRAINED:
                 sentence += " One seed cannot tell this training from others."
         if not math.isnan(row["handed over"]) and row["handed over"] < row["finished"]:
             sentence += (
@@ -329,6 +331,7 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
     if unused:
         notes.append(f"Without a window to train or validate on, and left out: {'; '.join(unused)}.")
     notes += _calibrations(finished)
+    notes += _simpler(finished)
     notes.append(
         "± is the spread over seeds on the same test windows: how much the luck of training matters, not what other"
         " series would give: that is what the intervals say. All scores are of the tuned model, also where its own"
@@ -337,6 +340,25 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
         " most that torch had allocated)."
     )
     return notes
+
+
+def _simpler(finished: list[TrialResult]) -> list[str]:
+    """Return how many windows baselines forecast more simply than they were asked to, over all folds."""
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for result in finished:
+        options = ", ".join(f"{name}={value}" for name, value in result.spec.backbone_options.items())
+        for reason, how in SIMPLER.items():
+            if count := result.counts.get(f"simpler_{reason}"):
+                whose = " ".join(filter(None, [BASELINES[result.spec.checkpoint], options and f"({options})"]))
+                key = f"{whose} {{}} windows of {result.spec.data.vital or 'all series'}", how
+                found.setdefault(key, []).append((count, result.counts["windows"]))
+    if not found:
+        return []
+    each = [
+        f"{text.format(f'{sum(count for count, _ in pairs)} of {sum(of for _, of in pairs)}')} {how}"
+        for (text, how), pairs in sorted(found.items())
+    ]
+    return [f"Forecast more simply, as the history or the season allowed no more: {'; '.join(each)}."]
 
 
 def _calibrations(finished: list[TrialResult]) -> list[str]:

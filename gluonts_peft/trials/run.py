@@ -35,13 +35,24 @@ from ..series.entries import UnusableWarning
 from ..series.season import season_length
 from ..series.table import DataEntry
 from .data import Data, load_data
-from .spec import BASELINE, DataSpec, TrialResult, TrialSpec
+from .spec import (
+    BASELINE,
+    BOOSTED,
+    NAIVE,
+    PACKAGES,
+    STATISTICAL,
+    TRAINED,
+    DataSpec,
+    TrialResult,
+    TrialSpec,
+    missing_package,
+)
 
 if TYPE_CHECKING:
     from ..estimator import PeftEstimator
     from ..predictor import PeftPredictor
 
-__all__ = ["EXAMPLES", "WINDOWS", "run_trial", "windows_file"]
+__all__ = ["EXAMPLES", "WINDOWS", "check_baseline", "run_trial", "windows_file"]
 
 EXAMPLES = "examples.json"
 WINDOWS = "windows.parquet"
@@ -120,9 +131,11 @@ def run_trial(
     _warm_up()
     start_mb = _reset_peak(device)
     found: dict[str, Any] = {}
-    naive = spec.family == BASELINE and not spec.trains
-    if naive:
-        predictor = _naive(spec, data)
+    network = spec.family != BASELINE or spec.checkpoint in TRAINED
+    if spec.family == BASELINE and not spec.trains:
+        predictor = _untrained(spec, data)
+    elif not network:
+        predictor, found = _boost(spec, data)
     elif spec.family == BASELINE:
         predictor, found = _train(spec, data, folder, progress)
     else:
@@ -132,6 +145,7 @@ def run_trial(
     remembered = _Remembered(predictor)
     test = _visible(data.test, spec, spec.data, visible_context)
     scores, windows = _score(remembered, test, spec.data)
+    simpler = {f"simpler_{reason}": count for reason, count in getattr(predictor, "simpler", {}).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / WINDOWS) as part:
         windows.to_parquet(part, index=False)
@@ -141,7 +155,7 @@ def run_trial(
     others = {name: load_data(other) for name, other in spec.also.items()}
     for name, other in spec.also.items():
         # Data of another kind were asked for.
-        further = _Remembered(predictor, **({} if naive else {"any_freq": True}))
+        further = _Remembered(predictor, **({"any_freq": True} if network else {}))
         found_there, each = _score(further, _visible(others[name].test, spec, other, visible_context), other)
         with replacing(folder / windows_file(name)) as part:
             each.to_parquet(part, index=False)
@@ -156,11 +170,12 @@ def run_trial(
             **{name: scores.attrs[name] for name in ("series", "windows", "unscaled_windows", "seasonless_windows")},
             "train_series": len(data.train),
             **skipped,
+            **simpler,
             **found.pop("counts", {}),
         },
         seconds_forecast=remembered.seconds,
         seconds_total=time.perf_counter() - started,
-        peak_memory_mb=None if naive or start_mb is None else _peak_mb(device) - start_mb,
+        peak_memory_mb=None if start_mb is None or _repeats(spec) else _peak_mb(device) - start_mb,
         device=device,
         data_fingerprint=data.fingerprint,
         also_fingerprints={name: other.fingerprint for name, other in others.items()},
@@ -213,9 +228,80 @@ def _visible(
     return kept
 
 
-def _naive(spec: TrialSpec, data: Data) -> Predictor:
-    season = spec.data.season or season_length(data.test[0]["start"].freqstr)
-    return SeasonalNaive(spec.prediction_length, season if spec.checkpoint == "seasonal_naive" else 1)
+def _repeats(spec: TrialSpec) -> bool:
+    return spec.family == BASELINE and spec.checkpoint in NAIVE
+
+
+def _season(spec: TrialSpec, data: Data) -> int:
+    return spec.data.season or season_length(data.test[0]["start"].freqstr)
+
+
+def _untrained(spec: TrialSpec, data: Data) -> Predictor:
+    """Return a baseline that learns nothing from other series."""
+    if _repeats(spec):
+        return SeasonalNaive(spec.prediction_length, _season(spec, data) if spec.checkpoint == "seasonal_naive" else 1)
+    from .statistical import StatisticalPredictor
+
+    return StatisticalPredictor(
+        spec.prediction_length, spec.checkpoint, season_length=_season(spec, data), **spec.backbone_options
+    )
+
+
+def _boost(spec: TrialSpec, data: Data) -> tuple[Predictor, dict[str, Any]]:
+    """Return trees and what the result says about them; they are not stored."""
+    from .boosting import train_trees
+
+    started = time.perf_counter()
+    assert spec.context_length is not None
+    predictor, skipped = train_trees(
+        data.train,
+        data.validation or None,
+        prediction_length=spec.prediction_length,
+        context_length=spec.context_length,
+        season_length=_season(spec, data),
+        min_context=spec.training.min_context,
+        validation_windows=spec.training.validation_windows,
+        max_validation_windows=spec.training.max_validation_windows,
+        seed=spec.seed,
+        options=spec.backbone_options,
+    )
+    counts = {"leaves": predictor.leaves, **{f"{name}_skipped": count for name, count in skipped.items()}}
+    return predictor, {"seconds": time.perf_counter() - started, "counts": counts}
+
+
+def check_baseline(spec: TrialSpec) -> None:
+    """Make sure that the package of a baseline is there and that it knows its options; other trials are let through.
+
+    Raises
+    ------
+    ValueError
+        If an option is unknown or has a value that cannot be used.
+    ImportError
+        If the package is not installed.
+    """
+    if spec.family != BASELINE:
+        return
+    package = missing_package(spec.checkpoint)
+    if package is not None:
+        raise ImportError(f"baseline {spec.checkpoint!r} needs {package}; install gluonts-peft[baselines]")
+    if spec.checkpoint in STATISTICAL:
+        from . import statistical
+
+        statistical.check_options(spec.checkpoint, spec.backbone_options)
+    elif spec.checkpoint in BOOSTED:
+        from . import boosting
+
+        boosting.check_options(spec.backbone_options)
+    elif spec.backbone_options:
+        from .baselines import BaselineEstimator
+
+        # Building it is quick, and nothing else knows its options.
+        BaselineEstimator(
+            prediction_length=spec.prediction_length,
+            context_length=spec.context_length,
+            checkpoint=spec.checkpoint,
+            backbone_options=spec.backbone_options,
+        ).load_backbone()
 
 
 def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[Predictor, dict[str, Any]]:
@@ -418,15 +504,15 @@ def _versions(spec: TrialSpec) -> dict[str, str]:
     from ..adapters.base import versions
     from ..registry import families
 
-    if spec.family == BASELINE and spec.checkpoint in ("nbeats", "nhits"):
-        plugin = {"neuralforecast": importlib.metadata.version("neuralforecast")}
-        return {**versions(), **plugin, "python": platform.python_version()}
+    if spec.family == BASELINE and spec.checkpoint in PACKAGES:
+        package = PACKAGES[spec.checkpoint]
+        return {**versions(), package: importlib.metadata.version(package), "python": platform.python_version()}
     plugin = {entry.distribution: entry.version for entry in families.describe() if entry.name == spec.family}
     return {**versions(), **plugin, "python": platform.python_version()}
 
 
 def _device(spec: TrialSpec) -> str:
-    if spec.family == BASELINE and not spec.trains:
+    if spec.family == BASELINE and spec.checkpoint not in TRAINED:
         return "cpu"
     from ..training import resolve_device
 

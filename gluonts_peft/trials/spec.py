@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -35,8 +36,11 @@ from ..verdict import Verdict
 
 __all__ = [
     "BASELINE",
+    "BOOSTED",
     "FROM_SCRATCH",
     "NAIVE",
+    "PACKAGES",
+    "STATISTICAL",
     "TRAINED",
     "DataSpec",
     "SpecError",
@@ -46,32 +50,39 @@ __all__ = [
     "TrialSpec",
     "describe_adapter",
     "load_study",
+    "missing_package",
 ]
 
 BASELINE = "baseline"
 RESULT = "result.json"
 
 Naive = Literal["seasonal_naive", "last_value"]
+Statistical = Literal["auto_ets", "auto_theta"]
+Boosted = Literal["lightgbm"]
 Trained = Literal["deepar", "patch_tst", "simple_feedforward", "tft", "nbeats", "nhits"]
-Baseline = Literal[Naive, Trained]
 Source = Literal["simulated", "hourly", "file", "synthetic"]
 
+#: Baselines that repeat values, that are fitted to the history of each window, trees, and networks from scratch.
 NAIVE: tuple[str, ...] = get_args(Naive)
+STATISTICAL: tuple[str, ...] = get_args(Statistical)
+BOOSTED: tuple[str, ...] = get_args(Boosted)
 TRAINED: tuple[str, ...] = get_args(Trained)
+_BASELINES = NAIVE + STATISTICAL + BOOSTED + TRAINED
+
+#: What a baseline needs beside this package, all of it in the extra ``baselines``.
+PACKAGES = {
+    **dict.fromkeys(STATISTICAL, "statsforecast"),
+    **dict.fromkeys(BOOSTED, "lightgbm"),
+    **dict.fromkeys(("nbeats", "nhits"), "neuralforecast"),
+}
 
 #: How a study trains its baselines unless it says otherwise: random weights need more steps than an adapter.
 FROM_SCRATCH: dict[str, Any] = {"max_epochs": 40}
 # What decides which windows are seen is the same for baselines and adapters.
-_SHARED_TRAINING = (
-    "batch_size",
-    "min_context",
-    "validation_windows",
-    "max_validation_windows",
-    "device",
-    "precision",
-)
+_WINDOWS = ("min_context", "validation_windows", "max_validation_windows")
+_SHARED_TRAINING = ("batch_size", *_WINDOWS, "device", "precision")
 # What decides how zero-shot is calibrated.
-_CALIBRATING = ("calibrate", "min_context", "validation_windows", "max_validation_windows")
+_CALIBRATING = ("calibrate", *_WINDOWS)
 
 _OWN_OPTIONS: dict[str, dict[str, Any]] = {
     "simulated": {"patients": 200, "hours": 48, "seed": 0},
@@ -316,8 +327,10 @@ class TrialSpec(_Spec):
     Parameters
     ----------
     family
-        Model family, or ``"baseline"``: then ``checkpoint`` is one of :data:`NAIVE` or of :data:`TRAINED`, networks
-        that are trained from scratch (:mod:`gluonts_peft.trials.baselines`) and need a ``context_length``.
+        Model family, or ``"baseline"``: then ``checkpoint`` is one of :data:`NAIVE`; of :data:`STATISTICAL`
+        (:mod:`gluonts_peft.trials.statistical`); of :data:`BOOSTED` (:mod:`gluonts_peft.trials.boosting`), or of
+        :data:`TRAINED`, networks that are trained from scratch (:mod:`gluonts_peft.trials.baselines`). The last two
+        need a ``context_length``.
     checkpoint
         Bundled name, local folder or hub id with an optional ``@revision``.
     adapter
@@ -326,13 +339,14 @@ class TrialSpec(_Spec):
         Steps to forecast, and steps of history that the model sees at most. Test series in which it would see no value
         before a window are left out and counted, for baselines too, so that all are scored on the same windows.
     backbone_options
-        Options of the family; of a baseline that is trained, those of its network.
+        Options of the family; of a baseline, those of its method or network.
     training
-        How to train. Reset to the defaults where nothing trains. A baseline's own ``learning_rate`` is 1e-3.
+        How to train. Reset to the defaults where nothing trains. A network's own ``learning_rate`` is 1e-3. Of
+        :data:`BOOSTED` it says which windows are trained and validated on, and the rest is reset.
     data
         Which series.
     seed
-        Decides initialisation, training windows, dropout and sample paths. Naive baselines have seed 0.
+        Decides initialisation, training windows, dropout and sample paths. Baselines that are not trained have seed 0.
     ensemble
         Weight of the tuned model in an average with zero-shot, quantile by quantile: what is scored is
         ``ensemble * tuned + (1 - ensemble) * zero-shot``. None scores the tuned model alone. Reset where nothing is
@@ -361,20 +375,23 @@ class TrialSpec(_Spec):
 
     @model_validator(mode="after")
     def _normal(self) -> TrialSpec:
-        trained = self.family == BASELINE and self.checkpoint in TRAINED
+        trained = self.family == BASELINE and self.checkpoint in BOOSTED + TRAINED
         if self.family == BASELINE:
-            if self.checkpoint not in NAIVE + TRAINED:
-                raise ValueError(unknown("baseline", self.checkpoint, NAIVE + TRAINED))
+            _check_baseline(self.checkpoint)
             if self.adapter != "none":
                 raise ValueError(f"adapter {self.adapter!r} cannot tune a baseline; write adapter 'none'")
             if trained and self.context_length is None:
                 raise ValueError(f"baseline {self.checkpoint!r} has no context_length of its own; name one")
         else:
             _check_known(families, self.family, BASELINE)
-        if self.family == BASELINE and not trained:
+        if self.family == BASELINE and self.checkpoint in NAIVE:
             self._set("backbone_options", {})
+        if self.family == BASELINE and not trained:
             self._set("seed", 0)
             self._set("training", TrainingSpec())
+        if self.family == BASELINE and self.checkpoint in BOOSTED:
+            kept = {name: getattr(self.training, name) for name in _WINDOWS}
+            self._set("training", TrainingSpec(**kept))
         self._set("adapter", _normal_adapter(self.adapter))
         if self.adapter == "none":
             self._set("ensemble", None)
@@ -406,7 +423,7 @@ class TrialSpec(_Spec):
     @property
     def trains(self) -> bool:
         """Whether anything is trained."""
-        return self.adapter != "none" or (self.family == BASELINE and self.checkpoint in TRAINED)
+        return self.adapter != "none" or (self.family == BASELINE and self.checkpoint in BOOSTED + TRAINED)
 
     def hash(self) -> str:
         """Return the SHA-256 of the normal form, in hexadecimal."""
@@ -417,10 +434,9 @@ class TrialSpec(_Spec):
         """Return a short name for people; it need not be unique."""
         vital = [self.data.vital] if self.data.vital else []
         fold = [] if self.data.fold is None else [f"fold {self.data.fold}"]
-        if self.checkpoint in NAIVE and self.family == BASELINE:
-            return " ".join([self.checkpoint, *vital, *fold])
         if self.family == BASELINE:
-            return " ".join([self.checkpoint, *vital, f"seed {self.seed}", *fold])
+            seed = [f"seed {self.seed}"] if self.trains else []
+            return " ".join([self.checkpoint, *vital, *seed, *fold])
         adapter = describe_adapter(self.adapter)
         if self.ensemble is not None:
             adapter += f" with weight {self.ensemble:g}"
@@ -441,7 +457,9 @@ class TrialResult(_Spec):
         the verdict says. The trial with adapter ``"none"`` holds the zero-shot scores on the same windows. None where a
         score is not finite. Of data in ``TrialSpec.also`` under ``"<name>/<metric>"``.
     counts
-        Series and windows that were scored, how many were skipped for which reason, and series to train on.
+        Series and windows that were scored, how many were skipped for which reason, and series to train on. Of
+        statistical baselines ``simpler_...``: windows that a simpler method forecast, as it had to. Of trees the
+        ``leaves``, of all levels.
     gate
         Validation losses ``zero_shot`` and ``tuned``, the number of ``windows``, whether tuning ``passed``, by its
         verdict; None where nothing trains.
@@ -451,7 +469,7 @@ class TrialResult(_Spec):
     calibration
         That of the predictor, with coverage before and after; None where none was asked for.
     trainable_parameters, epochs, steps, learning_rate
-        Of the training; None for naive baselines.
+        Of the training; None for baselines that are not trained, and for trees.
     seconds, seconds_forecast, seconds_total
         Of training with its validations, of forecasting the test windows, and of the trial with loading.
     peak_memory_mb
@@ -541,10 +559,11 @@ class StudySpec(_Spec):
     grid
         Dotted path into the trial -> values; every combination is a trial.
     baselines
-        Of :data:`NAIVE`: run once on each combination of data and horizon; of :data:`TRAINED`: once for each seed.
+        Names, or mappings with a name and options, as ``{name: lightgbm, num_leaves: 15}``. Of :data:`NAIVE` and
+        :data:`STATISTICAL`: run once on each combination of data and horizon; the others: once for each seed.
     baseline_training
-        Options of :class:`TrainingSpec` for the trained baselines, beside :data:`FROM_SCRATCH`. Batch size, validation
-        windows and device are those of the trials.
+        Options of :class:`TrainingSpec` for the networks among them, beside :data:`FROM_SCRATCH`. Batch size,
+        validation windows and device are those of the trials.
 
     Raises
     ------
@@ -555,7 +574,7 @@ class StudySpec(_Spec):
     title: str = "Study"
     base: dict[str, Any]
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    baselines: tuple[Baseline, ...] = ()
+    baselines: tuple[Any, ...] = ()
     baseline_training: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -563,6 +582,11 @@ class StudySpec(_Spec):
     def _without_format(cls, values: Any) -> Any:
         # As it is on disk, for whoever reads the file by herself.
         return opened(values)
+
+    @field_validator("baselines")
+    @classmethod
+    def _normal_baselines(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(map(_normal_baseline, values))
 
     @model_validator(mode="after")
     def _check(self) -> StudySpec:
@@ -588,7 +612,8 @@ class StudySpec(_Spec):
         """Return the baselines of every combination of the grid's values; equal ones more than once."""
         # Naive baselines have no context of their own, but it decides which windows are scored.
         shared = ("prediction_length", "context_length", "data", "seed", "also")
-        for name in self.baselines:
+        for baseline in self.baselines:
+            name, options = _parts(baseline)
             for form in self.forms():
                 # What is no mapping is a fault of the trials themselves.
                 training = form["training"] if isinstance(form.get("training"), dict) else {}
@@ -597,6 +622,7 @@ class StudySpec(_Spec):
                     "family": BASELINE,
                     "checkpoint": name,
                     "adapter": "none",
+                    "backbone_options": options,
                     **{key: form[key] for key in shared if key in form},
                     "training": {**kept, **FROM_SCRATCH, **self.baseline_training},
                 }
@@ -804,19 +830,56 @@ def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any
     return form
 
 
+def _parts(value: Mapping[str, Any] | str) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of a baseline in its normal form."""
+    if isinstance(value, str):
+        return value, {}
+    return value["name"], {key: option for key, option in value.items() if key != "name"}
+
+
+def missing_package(baseline: Any) -> str | None:
+    """Return the package that a baseline, or what was written for one, needs and that is not installed; else None."""
+    name = baseline.get("name") if isinstance(baseline, Mapping) else baseline
+    package = PACKAGES.get(str(name))
+    return package if package is not None and importlib.util.find_spec(package) is None else None
+
+
+def _check_baseline(name: str) -> None:
+    if name not in _BASELINES:
+        raise ValueError(unknown("baseline", name, _BASELINES))
+
+
+def _normal_baseline(baseline: Any) -> Any:
+    if isinstance(baseline, str):
+        _check_baseline(baseline)
+        return baseline
+    if not isinstance(baseline, Mapping):
+        raise ValueError(f"baseline {baseline!r} is neither a name nor a mapping with a name and options")
+    normal = _with_options("baseline", baseline, _normal_baseline, "{'name': 'lightgbm', 'num_leaves': 15}")
+    name, options = _parts(normal)
+    if name in NAIVE and options:
+        raise ValueError(f"baseline {name!r} takes no options, not {', '.join(options)}; drop them")
+    return normal
+
+
+def _with_options(kind: str, value: Mapping[Any, Any], normal: Callable[[str], Any], example: str) -> Any:
+    """Return a mapping with a name and options in its normal form: the options sorted, without any the name alone."""
+    if not isinstance(value.get("name"), str):
+        raise ValueError(f"{kind} {dict(value)!r} has no 'name'; write e.g. {example}")
+    name = normal(value["name"])
+    try:
+        options = json.loads(json.dumps({str(key): option for key, option in value.items() if key != "name"}))
+    except TypeError as error:
+        raise ValueError(f"{kind} {dict(value)!r} holds what JSON cannot: {error}") from None
+    return {"name": name, **{key: options[key] for key in sorted(options)}} if options else name
+
+
 def _normal_adapter(adapter: Any) -> Any:
     if isinstance(adapter, str):
         _check_known(adapters, adapter)
         return adapter
     if isinstance(adapter, Mapping):
-        if not isinstance(adapter.get("name"), str):
-            raise ValueError(f"adapter {dict(adapter)!r} has no 'name'; write e.g. {{'name': 'lora', 'r': 2}}")
-        name = _normal_adapter(adapter["name"])
-        try:
-            options = json.loads(json.dumps({str(key): value for key, value in adapter.items() if key != "name"}))
-        except TypeError as error:
-            raise ValueError(f"adapter {dict(adapter)!r} holds what JSON cannot: {error}") from None
-        return {"name": name, **{key: options[key] for key in sorted(options)}} if options else name
+        return _with_options("adapter", adapter, _normal_adapter, "{'name': 'lora', 'r': 2}")
     if isinstance(adapter, list | tuple) and adapter:
         parts = [_normal_adapter(part) for part in adapter]
         return parts[0] if len(parts) == 1 else parts

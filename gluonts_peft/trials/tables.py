@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..words import PROVEN, WORSE
 from .grid import STUDY, expand, read_study, trial_folder
-from .spec import BASELINE, TRAINED, SpecError, TrialResult, TrialSpec, describe_adapter
+from .spec import BASELINE, NAIVE, STATISTICAL, SpecError, TrialResult, TrialSpec, describe_adapter
 
 __all__ = ["COVERAGE", "JUDGE", "KINDS", "METRICS", "Row", "load_results", "rows_of", "table"]
 
@@ -76,17 +76,17 @@ def table(
     Returns
     -------
     pandas.DataFrame
-        Indexed by ``data`` and ``method``: naive baselines, ``zero-shot``, adapters, ``full``, networks trained from
-        scratch. Columns: the ``verdict`` on the method against zero-shot, one of :data:`gluonts_peft.words.WORDS`, or
-        empty; ``change %``, the change of the mean MAE over units, with its 90 % interval, ``low %`` to ``high %``,
-        the number of ``units`` and what a ``unit`` is (without a verdict it is the mean change over seeds, and has no
-        interval); each of :data:`METRICS`, ``coverage 80 %`` (share of labels between the 0.1 and 0.9 quantiles),
-        ``trainable parameters``, ``seconds`` of training and ``peak memory MB``, each but the parameters with a column
-        ``... std``, the standard deviation over seeds (NaN for a single seed); numbers of ``finished``, ``failed`` and
-        ``missing`` trials, and of those whose own verdict ``handed over`` the tuned model; the ``sentence`` of the
-        verdict; the
-        ``error`` of the first failed trial; ``kind``: what the method is; and ``MAE on <name>`` for further data of
-        ``TrialSpec.also``. MSE, MAE and DTW have the unit of the data, MAPE is a fraction.
+        Indexed by ``data`` and ``method``: naive and statistical baselines, ``zero-shot``, adapters, ``full``, networks
+        and trees trained from scratch. Columns: the ``verdict`` on the method against zero-shot, one of
+        :data:`gluonts_peft.words.WORDS`, or empty; ``change %``, the change of the mean MAE over units, with its 90 %
+        interval, ``low %`` to ``high %``, the number of ``units`` and what a ``unit`` is (without a verdict it is the
+        mean change over seeds, and has no interval); each of :data:`METRICS`, ``coverage 80 %`` (share of labels
+        between the 0.1 and 0.9 quantiles), ``trainable parameters``, ``seconds`` of training and ``peak memory MB``,
+        each but the parameters with a column ``... std``, the standard deviation over seeds (NaN for a single seed);
+        numbers of ``finished``, ``failed`` and ``missing`` trials, and of those whose own verdict ``handed over`` the
+        tuned model; the ``sentence`` of the verdict; the ``error`` of the first failed trial; ``kind``: what the method
+        is; and ``MAE on <name>`` for further data of ``TrialSpec.also``. MSE, MAE and DTW have the unit of the data,
+        MAPE is a fraction.
     """
     rows = rows_of(list(results), list(expected))
     frame: pd.DataFrame = pd.DataFrame([row.numbers() for row in rows])
@@ -111,13 +111,16 @@ def judged(row: pd.Series) -> list[str]:
     ]
 
 
-NAIVE_KIND, ZERO_SHOT, ADAPTER, FULL, SCRATCH = KINDS = (
+NAIVE_KIND, STATISTICAL_KIND, ZERO_SHOT, ADAPTER, FULL, SCRATCH = KINDS = (
     "naive baseline",
+    "statistical baseline",
     "zero-shot",
     "adapter",
     "full tuning",
     "trained from scratch",
 )
+#: Kinds that have no seed.
+UNTRAINED = (NAIVE_KIND, STATISTICAL_KIND)
 
 
 @dataclass
@@ -155,8 +158,7 @@ class Row:
             (before, _judged(result) - _judged(before))
             for (seed, fold), before in self.zero_shot.items()
             for result in self.finished
-            # Naive baselines have no seed.
-            if result.spec.data.fold == fold and (self.kind == NAIVE_KIND or result.spec.seed == seed)
+            if result.spec.data.fold == fold and (self.kind in UNTRAINED or result.spec.seed == seed)
         ]
         found = [change for change in pooled(pairs) if math.isfinite(change)]
         if self.kind == ZERO_SHOT or not found:
@@ -205,6 +207,9 @@ class Row:
 BASELINES = {
     "seasonal_naive": "seasonal naive",
     "last_value": "last value",
+    "auto_ets": "AutoETS",
+    "auto_theta": "AutoTheta",
+    "lightgbm": "LightGBM",
     "deepar": "DeepAR",
     "patch_tst": "PatchTST",
     "simple_feedforward": "SimpleFeedForward",
@@ -222,7 +227,10 @@ def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
     forms = {trial.hash(): _flat(trial.normal_form()) for trial in trials}
     models = [forms[trial.hash()] for trial in trials if trial.family != BASELINE]
     tuned = [form for form in models if form["adapter"] != "none"]
-    scratch = [forms[trial.hash()] for trial in trials if trial.family == BASELINE and trial.trains]
+    baselines: dict[str, list[dict[str, Any]]] = {}
+    for trial in trials:
+        if trial.family == BASELINE:
+            baselines.setdefault(trial.checkpoint, []).append(forms[trial.hash()])
     data_paths = _varying(
         list(forms.values()),
         lambda path: (path.startswith("data.") and path not in (*_LIMITS, "data.fold")) or path in _LENGTHS,
@@ -230,9 +238,11 @@ def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
     data_paths.sort(key=lambda path: path != "data.vital")
     model_paths = _varying(models, lambda path: path.split(".")[0] in _MODEL_PATHS)
     training_paths = _varying(tuned, lambda path: path.startswith("training.") or path in _LIMITS)
-    scratch_paths = _varying(
-        scratch, lambda path: path.startswith(("training.", "backbone_options.")) or path in _LIMITS
-    )
+    # Each against its own kind: another's options, or its lack of them, say nothing.
+    baseline_paths = {
+        name: _varying(own, lambda path: path.startswith(("training.", "backbone_options.")) or path in _LIMITS)
+        for name, own in baselines.items()
+    }
 
     rows: dict[tuple[str, str], Row] = {}
     row_of: dict[str, Row] = {}
@@ -241,8 +251,10 @@ def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
         data = _describe(form, data_paths, plain="data.vital") or trial.data.vital or "all series"
         model, rest = ("" if trial.family == BASELINE else _describe(form, model_paths)), ""
         if trial.family == BASELINE:
-            rest = _describe(form, scratch_paths) if trial.trains else ""
-            kind, names = SCRATCH if trial.checkpoint in TRAINED else NAIVE_KIND, [BASELINES[trial.checkpoint], rest]
+            rest = _describe(form, baseline_paths[trial.checkpoint])
+            kind = NAIVE_KIND if trial.checkpoint in NAIVE else SCRATCH
+            kind = STATISTICAL_KIND if trial.checkpoint in STATISTICAL else kind
+            names = [BASELINES[trial.checkpoint], rest]
         elif trial.adapter == "none":
             kind, names = ZERO_SHOT, [ZERO_SHOT, model]
         else:
@@ -308,6 +320,9 @@ def _varying(forms: list[dict[str, Any]], belongs: Callable[[str], bool]) -> lis
 def _describe(form: Mapping[str, Any], paths: Sequence[str], plain: str | None = None) -> str:
     words = []
     for path in paths:
+        if path.startswith("backbone_options.") and path not in form:
+            # The default of its library.
+            continue
         value = "all" if path in _LIMITS and form.get(path) is None else str(form.get(path))
         words.append(value if path == plain else f"{path.rpartition('.')[2]}={value}")
     return ", ".join(words)

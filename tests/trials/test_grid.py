@@ -55,6 +55,22 @@ def traces(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.glob("trials/*/result.json")}
 
 
+def test_baselines_that_cannot_run_are_said_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "statsforecast", None)
+    wrong = StudySpec(
+        base=BASE, baselines=["auto_ets", {"name": "lightgbm", "leaves": 3}, {"name": "simple_feedforward", "depth": 3}]
+    )
+    with pytest.raises(SpecError) as caught:
+        run_study(wrong, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    needs, trees, network = caught.value.faults
+    assert needs == "baseline 'auto_ets' needs statsforecast; install gluonts-peft[baselines]"
+    assert trees.startswith("baseline 'lightgbm'")
+    assert network.startswith("baseline 'simple_feedforward': option 'depth' is unknown; known: ")
+
+
 def test_cells_come_in_order_and_once() -> None:
     trials = expand(study(**{"data.vital": ["hr", "map"], "adapter": ["none", "lora", "lora"], "seed": [0, 1]}))
     names = [trial.name() for trial in trials]

@@ -139,6 +139,41 @@ def test_networks_trained_from_scratch_come_last_and_are_paired_by_seed() -> Non
     assert frame.loc[("hr", "N-HiTS"), "change %"] == pytest.approx(-100 * 0.5 / 6.0)
 
 
+def test_baselines_are_named_by_what_differs_among_their_own_kind() -> None:
+    trees = [
+        finished("none", 4.5, seed, family="baseline", checkpoint="lightgbm", backbone_options=options)
+        for options in ({}, {"num_leaves": 7})
+        for seed in (0, 1)
+    ]
+    network = finished("none", 4.5, family="baseline", checkpoint="nhits")
+    ets = finished("none", 4.0, family="baseline", checkpoint="auto_ets", backbone_options={"model": "AZZ"})
+    frame = table([*ZERO_SHOT, *trees, network, ets, baseline(7.0)])
+    kinds = dict(frame.loc["hr"]["kind"])
+    assert kinds == {
+        "last value": "naive baseline",
+        "AutoETS": "statistical baseline",
+        "zero-shot": "zero-shot",
+        "LightGBM": "trained from scratch",
+        "LightGBM, num_leaves=7": "trained from scratch",
+        "N-HiTS": "trained from scratch",
+    }
+    assert list(frame.loc["hr"].index) == list(kinds)
+    # It has no seed, and is compared with zero-shot of each.
+    assert frame.loc[("hr", "AutoETS"), "change %"] == pytest.approx(-20)
+    assert frame.loc[("hr", "LightGBM, num_leaves=7"), "finished"] == 2
+
+
+def test_windows_that_a_baseline_forecasts_more_simply_are_said() -> None:
+    counts = {"windows": 9, "series": 3, "simpler_without_season": 9, "simpler_random_walk": 2}
+    ets = finished("none", 4.0, family="baseline", checkpoint="auto_ets").model_copy(update={"counts": counts})
+    (note,) = (note for note in _notes([ets], [ets.spec]) if note.startswith("Forecast more simply"))
+    assert note == (
+        "Forecast more simply, as the history or the season allowed no more: AutoETS 2 of 9 windows of hr as a random"
+        " walk; AutoETS 9 of 9 windows of hr without a season."
+    )
+    assert not [note for note in _notes(ZERO_SHOT, []) if note.startswith("Forecast more simply")]
+
+
 def test_a_point_has_no_interval() -> None:
     point = finished("lora", 4.0).model_copy(update={"scores": {"coverage[0.1]": 0.4, "coverage[0.9]": 0.4}})
     assert math.isnan(table([point]).loc[("hr", "lora"), "coverage 80 %"])

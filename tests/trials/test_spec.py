@@ -12,7 +12,7 @@ import pytest
 
 from gluonts_peft import list_adapters, list_families
 from gluonts_peft.trials import SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, expand, load_study
-from gluonts_peft.trials.spec import DataSpec, describe_adapter
+from gluonts_peft.trials.spec import BOOSTED, NAIVE, STATISTICAL, TRAINED, DataSpec, describe_adapter, missing_package
 
 FAMILIES = ", ".join(sorted(["baseline", *list_families()]))
 ADAPTERS = ", ".join(sorted(list_adapters()))
@@ -24,7 +24,7 @@ DATA_FIELDS = (
     "fold, folds, fractions, freq, group, hours, min_hours, path, patients, season, seed, series, source, split_seed,"
     " steps, train_series, train_steps, vital, windows"
 )
-BASELINES = "deepar, last_value, nbeats, nhits, patch_tst, seasonal_naive, simple_feedforward, tft"
+BASELINES = ", ".join(sorted([*NAIVE, *STATISTICAL, *BOOSTED, *TRAINED]))
 ROOT = Path(__file__).parents[2]
 
 
@@ -263,8 +263,7 @@ def test_an_option_of_an_adapter_can_be_varied() -> None:
         ({"checkpoint.x": 1}, "'checkpoint.x' leads into 'checkpoint', which is no mapping"),
         (
             {"baselines": ["naive"]},
-            "baselines.0 'naive': input should be 'seasonal_naive', 'last_value', 'deepar', 'patch_tst',"
-            " 'simple_feedforward', 'tft', 'nbeats' or 'nhits'",
+            f"baselines: baseline 'naive' is unknown; known: {BASELINES}",
         ),
         (
             {"baseline_training.max_epoch": 3},
@@ -332,6 +331,43 @@ def test_trained_baselines_run_once_a_seed_and_naive_ones_once() -> None:
     assert baselines[1].name() == "nhits seed 0"
 
 
+def test_baselines_have_options_in_the_manner_of_adapters() -> None:
+    base = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6, "context_length": 12}
+    trees = [{"num_leaves": 7, "name": "lightgbm"}, {"name": "lightgbm"}]
+    study = StudySpec(base=base, grid={"seed": [0, 1]}, baselines=[*trees, {"name": "auto_ets", "model": "AZZ"}])
+    assert study.baselines == ({"name": "lightgbm", "num_leaves": 7}, "lightgbm", {"name": "auto_ets", "model": "AZZ"})
+    assert StudySpec(**study.normal_form()) == study
+    found = [(trial.checkpoint, trial.backbone_options, trial.seed) for trial in expand(study)[:5]]
+    assert found == [
+        *(("lightgbm", options, seed) for options in ({"num_leaves": 7}, {}) for seed in (0, 1)),
+        ("auto_ets", {"model": "AZZ"}, 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("baseline", "message"),
+    [
+        ({"name": "lightgmb"}, "baseline 'lightgmb' is unknown; did you mean 'lightgbm'"),
+        (
+            {"nam": "lightgbm"},
+            "baseline {'nam': 'lightgbm'} has no 'name'; write e.g. {'name': 'lightgbm', 'num_leaves': ",
+        ),
+        ({"name": "last_value", "steps": 2}, "baseline 'last_value' takes no options, not steps; drop them"),
+        (3, "baseline 3 is neither a name nor a mapping with a name and options"),
+    ],
+)
+def test_wrong_baselines_are_refused(baseline: Any, message: str) -> None:
+    base = {"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6}
+    with pytest.raises(SpecError, match=re.escape(message)):
+        StudySpec(base=base, baselines=[baseline])
+
+
+def test_a_package_that_is_missing_is_known_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightgbm", None)
+    assert missing_package("lightgbm") == missing_package({"name": "lightgbm", "num_leaves": 7}) == "lightgbm"
+    assert missing_package("seasonal_naive") is missing_package("deepar") is missing_package([1]) is None
+
+
 def test_budgets_of_baselines_are_overridden_by_their_path(study_file: Path) -> None:
     overrides = {"baselines": ["tft"], "context_length": 12, "baseline_training.max_epochs": 3}
     assert expand(load_study(study_file, overrides))[0].training.max_epochs == 3
@@ -349,10 +385,8 @@ def test_ready_studies_can_be_used_on_simulated_and_real_data(path: Path) -> Non
 
 
 def test_the_great_study_has_every_adapter_and_baseline() -> None:
-    from gluonts_peft.trials.spec import NAIVE, TRAINED
-
     study = load_study(ROOT / "examples" / "studies" / "vitals.yaml")
-    assert set(study.baselines) == {*NAIVE, *TRAINED}
+    assert set(study.baselines) == {*NAIVE, *STATISTICAL, *BOOSTED, *TRAINED}
     assert study.grid["data.vital"] == ["hr", "map"]
     assert len(study.grid["seed"]) == 5
 
@@ -371,7 +405,7 @@ def test_the_demo_has_every_adapter_and_stays_small() -> None:
     shown = {trial.adapter for trial in trials if isinstance(trial.adapter, str)}
     assert set(list_adapters()) == shown
     assert ["layernorm", "lora"] in [trial.adapter for trial in trials]
-    assert len(trials) == 4 + 19 * 2 * 3
+    assert len(trials) == 8 + 6 + 19 * 2 * 3
 
 
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
