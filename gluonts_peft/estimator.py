@@ -290,8 +290,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         backbone = self.load_backbone()
         if self.tasks is not None and self.tasks.history:
             require_reconstruct(backbone)
-        adapter = get_adapter(_with_head(self.adapter, backbone))
-        store, door = self._store(training_data, "training", backbone)
+        forecasts = self.tasks is None or self.tasks.forecasts
+        adapter = get_adapter(_with_head(self.adapter, backbone) if forecasts else self.adapter)
+        store, door = self.keep_series(training_data, "training", backbone)
         held_out: Any = self.prediction_length * self.validation_windows if validation_data is None else 0
         if held_out and self.tasks is not None and self.tasks.history:
             held_out += backbone.context_length
@@ -304,16 +305,16 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         }
         held_out_store, held_out_door = store, door
         if validation_data is not None:
-            held_out_store, held_out_door = self._store(validation_data, "validation", backbone, door.found_freq)
+            held_out_store, held_out_door = self.keep_series(validation_data, "validation", backbone, door.found_freq)
             label = self.prediction_length * self.validation_windows
             if self.tasks is not None and self.tasks.history:
                 label += backbone.context_length
             held_out = _without_labels(store, held_out_store, (door.names, held_out_door.names), label, self.calibrate)
         windows = Windows(store, holdout=held_out, **lengths)
-        self._settle("training", "trained on", windows, door)
+        self.settle("training", "trained on", windows, door)
         held_out_windows = Windows(held_out_store, **lengths)
         if validation_data is not None:
-            self._settle("validation", "validated on", held_out_windows, held_out_door)
+            self.settle("validation", "validated on", held_out_windows, held_out_door)
         last = held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
         calibrator = None
         if self.calibrate:
@@ -364,9 +365,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                     if not after[name] < earlier:
                         worse = f"no better than before: loss {earlier:.5g} before, {after[name]:.5g} after"
                         warnings.warn(TuningDidNotHelp(f"adapter {adapter!r}, task {name!r}: {worse}"), stacklevel=2)
-        return self._hand_over(backbone, adapter, result, door.found_freq, calibrator)
+        return self.hand_over(backbone, adapter, result, door.found_freq, calibrator)
 
-    def _hand_over(
+    def hand_over(
         self,
         backbone: Backbone,
         adapter: Adapter,
@@ -395,10 +396,27 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             calibration=None if calibrator is None else calibrator.learn(backbone),
         )
 
-    def _store(
+    def keep_series(
         self, dataset: Dataset, name: str, backbone: Backbone, freq: str | None = None
     ) -> tuple[SeriesStore, Door]:
-        """Check and keep the series; the door knows their names and their frequency."""
+        """Check the entries of a dataset and keep their series, in ``folder`` if there is one.
+
+        Parameters
+        ----------
+        dataset
+            GluonTS dataset.
+        name
+            What part it is, ``"training"`` or ``"validation"``: its place in the folder.
+        backbone
+            That the series are for.
+        freq
+            Frequency that they must have, if one is known.
+
+        Returns
+        -------
+        SeriesStore, Door
+            The series; and the check that they passed, which knows their names and frequency.
+        """
         door = Door("trained on", backbone=backbone, freq=freq, any_freq=self.any_freq, complete=True)
         entries = door.open(dataset)
         kinds: dict[str, Any] = {
@@ -412,8 +430,18 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         shutil.rmtree(folder, ignore_errors=True)
         return SeriesStore.from_dataset(entries, folder, **kinds), door
 
-    def _settle(self, part: str, verb: str, windows: Windows, door: Door) -> None:
-        """Raise, or warn and count, where series give no window."""
+    def settle(self, part: str, verb: str, windows: Windows, door: Door) -> None:
+        """Raise, or warn and count, where series give no window: what ``unusable`` says.
+
+        Parameters
+        ----------
+        part
+            ``"training"`` or ``"validation"``, for ``skipped``.
+        verb
+            What is done with the windows, for messages.
+        windows, door
+            The windows, and the check that their series passed.
+        """
         unusable = Unusable(verb, self.unusable)
         self.skipped[part] = len(windows.left_out())
         for number, lack in windows.left_out():

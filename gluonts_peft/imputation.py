@@ -120,18 +120,18 @@ def train_reconstruction(
     least = estimator.min_context or min(backbone.context_length, 4 * backbone.patch_length)
     # The single step of a label is there because windows have one; it is not looked at.
     lengths: dict[str, Any] = {"context_length": backbone.context_length, "prediction_length": 1, "min_context": least}
-    store, door = estimator._store(training_data, "training", backbone)
-    held_out_store, held_out_door = estimator._store(validation_data, "validation", backbone, door.found_freq)
+    store, door = estimator.keep_series(training_data, "training", backbone)
+    held_out_store, held_out_door = estimator.keep_series(validation_data, "validation", backbone, door.found_freq)
     if not cut_off and (held_back(store, held_out_store, (door.names, held_out_door.names), None) > 0).any():
         raise ValueError(
             "validation_data holds the same times of the same items as the training data: what is trained on would be"
             " validated on; leave it out, and the ends of the training series are held out, or give other series"
         )
     windows = Windows(store, seed=estimator.options.seed, **lengths)
-    estimator._settle("training", "trained on", windows, door)
+    estimator.settle("training", "trained on", windows, door)
     held_out_windows = Windows(held_out_store, **lengths)
     if not cut_off:
-        estimator._settle("validation", "validated on", held_out_windows, held_out_door)
+        estimator.settle("validation", "validated on", held_out_windows, held_out_door)
     validation = held_out_windows.last(
         windows=-(-int(held_out_windows.store.lengths.max()) // backbone.context_length),
         distance=backbone.context_length,
@@ -152,7 +152,7 @@ def train_reconstruction(
         judge=Judge(validation, unit=estimator.verdict_unit, tasks=[(1.0, loss)]),
         interpolate=estimator.interpolate,
     )
-    return estimator._hand_over(backbone, adapter, result, door.found_freq)
+    return estimator.hand_over(backbone, adapter, result, door.found_freq)
 
 
 def impute(

@@ -115,8 +115,9 @@ def test_the_same_seed_gives_the_same_weights(joint, make_dataset):
 
 
 def test_a_task_that_is_not_trained_for_does_not_move(make_dataset):
-    """Reconstruction alone leaves the forecasting head at its start."""
+    """Reconstruction alone leaves the forecasting head at its start, and asks for none."""
     predictor = moment(tasks=[{"task": "reconstruct"}], adapter="lora").train(make_dataset(12, 320))
+    assert predictor.backbone.adapter.spec == "lora"
     assert list(predictor.fit.tasks) == ["reconstruct"]
     assert predictor.gate.zero_shot == pytest.approx(1.0)
     assert predictor.fit.tasks["reconstruct"]["after"] < predictor.fit.tasks["reconstruct"]["before"]
