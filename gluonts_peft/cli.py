@@ -54,6 +54,18 @@ Rate = Annotated[float | None, typer.Option(help="Peak learning rate.  [default:
 IfWorse = Annotated[
     str, typer.Option(help="Without evidence that tuning helped: fallback (to zero-shot), raise (exit code 3), keep.")
 ]
+By = Annotated[
+    str | None, typer.Option(help="Let each item (or: patients) choose its own weight.  [default: one for all]")
+]
+TimeLimit = Annotated[
+    str | None, typer.Option(help="Time for training and verdict: 90s, 10min, 1h30min, or seconds.  [default: none]")
+]
+VerdictUnit = Annotated[
+    str, typer.Option(help="What the verdict counts: series, or patients (what comes before / in an item id).")
+]
+Interpolate = Annotated[
+    bool, typer.Option(help="Let the verdict choose a weight between the pretrained and the tuned model.")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")]
 Season = Annotated[
     int | None,
@@ -352,6 +364,7 @@ def fit(
     adapter: AdapterSpec = "lora",
     context: Context = None,
     validation: Validation = None,
+    validation_windows: Annotated[int, typer.Option(help="Last windows of a series for the verdict.")] = 1,
     epochs: Annotated[int, typer.Option(help="Epochs at most.")] = 10,
     batches: Annotated[int, typer.Option(help="Batches an epoch.")] = 50,
     batch_size: Annotated[int, typer.Option(help="Windows a batch.")] = 32,
@@ -361,6 +374,10 @@ def fit(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Recalibrate the quantiles on series that chose nothing.")
     ] = False,
+    verdict_unit: VerdictUnit = "series",
+    interpolate: Interpolate = True,
+    by: By = None,
+    time_limit: TimeLimit = None,
     task: Annotated[
         str, typer.Option(help="forecast, or reconstruct (for detect and impute; --horizon then has no effect).")
     ] = "forecast",
@@ -381,6 +398,12 @@ def fit(
     if task not in ("forecast", "reconstruct"):
         raise ValueError(f"--task {task} is unknown; name forecast or reconstruct")
     _one_of("gate", gate, ("fallback", "raise", "keep"))
+    _one_of("verdict_unit", verdict_unit, ("series", "patients"))
+    if by is not None:
+        _one_of("by", by, ("item", "patients"))
+    from .deadline import parse_time_limit
+
+    limit = parse_time_limit(time_limit)
     _check_model(None, family, horizon, context)
     _check_names(None, spec)
     if resume and _is_finished(out, family, checkpoint, horizon if task == "forecast" else None, spec, calibrate):
@@ -406,6 +429,11 @@ def fit(
             learning_rate=learning_rate,
             gate=gate,
             calibrate=calibrate,
+            verdict_unit=verdict_unit,
+            interpolate=interpolate,
+            by=by,
+            validation_windows=validation_windows,
+            time_limit=limit,
             seed=seed,
             device=device,
             folder=str(training),
@@ -437,9 +465,16 @@ def fit(
             ("adapter", repr(tuned)),
             ("trainable parameters", f"{tuned.num_parameters():,}"),
             ("trained", f"{run.epochs} epochs, {run.steps} steps, {run.seconds:.1f} seconds"),
+            *_stopped(run),
             ("predictor", f"{out} ({kind})"),
         ]
     )
+
+
+def _stopped(run: Any) -> list[tuple[str, str]]:
+    """Say why a training ended before it was done, if the clock ended it."""
+    after = f"after {run.epochs} epochs and {run.steps} steps"
+    return [("stopped", f"{run.stopped}, {after}: the same command may end elsewhere")] if run.stopped else []
 
 
 def _is_finished(
@@ -469,7 +504,7 @@ def _is_finished(
     return found[3] in (wanted, [*(wanted if isinstance(wanted, list) else [wanted]), "head"])
 
 
-_PREDICTOR = ("adapter", "predictor.json", "gluonts-config.json")
+_PREDICTOR = ("adapter", "items.safetensors", "predictor.json", "gluonts-config.json")
 
 
 @contextmanager
@@ -1060,6 +1095,7 @@ def show(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A saved 
             *lengths,
             ("verdict", (run.verdict or run.gate) if run else "-"),
             *calibration,
+            *(_stopped(run) if run else []),
             ("versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())),
         ]
     except NewerFormat as error:

@@ -6,8 +6,9 @@ import inspect
 import logging
 import math
 import shutil
+import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,9 @@ from . import __version__
 from .adapters.load import get_adapter
 from .backbone import Backbone
 from .calibration import Calibrator, require_quantiles, set_apart
+from .deadline import TIME_LIMIT, Deadline, spelled
 from .errors import unknown
+from .items import BY, LEAST_WINDOWS, ItemJudge, Items
 from .objectives import Joint, parse_tasks
 from .predictor import PeftPredictor
 from .registry import adapter_names
@@ -87,12 +90,22 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         epoch or weight, see :mod:`gluonts_peft.calibration`: half of the validation units, 20 at least; without
         validation data a fifth of the training ones, of which nothing is trained on; of a single series half of its
         validation windows. It is stored with the predictor, and no part of the adapter.
+    by
+        Let each ``"item"``, or ``"patients"`` as of `verdict_unit`, choose a weight of its own by its own history where
+        that is long enough, shrunk towards the common one, see :mod:`gluonts_peft.items`. It takes 3
+        ``validation_windows`` or more. None has one weight for all.
     seed
         Decides initialisation, windows, dropout and sample paths: same seed, same machine, same numbers.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
     precision
         A precision of Lightning; ``"auto"`` is bfloat16 where a GPU has it, else float32.
+    time_limit
+        What :meth:`train` may take, e.g. ``"10min"``, ``"1h30min"``, a number of seconds or a ``timedelta``; None means
+        no limit. Zero-shot is scored first, however long that takes. The training ends in time for its verdict, within
+        an epoch if need be, and the best epoch so far is handed over; zero-shot if there was time for none, with a
+        warning. A run that is gone on with has spent what its training took until its last whole epoch. Where the clock
+        ended it, ``fit.stopped`` is ``"time_limit"``: a repetition may end elsewhere.
     folder
         Where training checkpoints and, for large data, the memory-mapped series go. None writes nothing to disk.
     backbone_options
@@ -127,8 +140,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             given = {}
         for name in _WHOLE:
             value = given.get(name)
-            if isinstance(value, bool) or isinstance(value, float) and not value.is_integer():
+            if isinstance(value, _TRUTH) or isinstance(value, float) and not value.is_integer():
                 raise ValueError(f"{name} {value!r} is not a whole number")
+        for name in _NUMBERS:
+            if isinstance(given.get(name), _TRUTH):
+                raise ValueError(f"{name} {given[name]!r} is not a number")
         return super().__new__(cls)  # type: ignore[no-any-return]
 
     @validated()  # type: ignore[untyped-decorator, unused-ignore]
@@ -153,9 +169,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         verdict_unit: str = "series",
         interpolate: bool = True,
         calibrate: bool = False,
+        by: str | None = None,
         seed: int = 0,
         device: str = "auto",
         precision: str = "auto",
+        time_limit: Any = None,
         folder: str | None = None,
         backbone_options: dict | None = None,  # type: ignore[type-arg]
         tasks: list | None = None,  # type: ignore[type-arg]
@@ -181,6 +199,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             raise ValueError(unknown("gate", gate, GATES))
         if verdict_unit not in UNITS:
             raise ValueError(unknown("verdict_unit", verdict_unit, UNITS))
+        if by is not None:
+            _check_by(by, validation_windows, interpolate, calibrate)
         self.prediction_length = prediction_length
         self.context_length = context_length
         self.checkpoint = self.default_checkpoint if checkpoint is None else checkpoint
@@ -199,7 +219,10 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             seed=seed,
             device=device,
             precision=precision,
+            time_limit=time_limit,
         )
+        # What a time limit is measured with.
+        self.clock: Callable[[], float] = time.monotonic
         self.min_context = min_context
         self.validation_windows = validation_windows
         self.max_validation_windows = max_validation_windows
@@ -207,6 +230,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.verdict_unit = verdict_unit
         self.interpolate = interpolate
         self.calibrate = calibrate
+        self.by = by
+        if by is not None:
+            _check_weights(wanted)
         self.folder = None if folder is None else Path(folder)
         self.backbone_options = dict(backbone_options or {})
         self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
@@ -253,6 +279,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         training_data: Dataset,
         validation_data: Dataset | None = None,
         ckpt_path: str | None = None,
+        item_data: Dataset | None = None,
     ) -> PeftPredictor:
         """Tune on a GluonTS dataset.
 
@@ -270,6 +297,9 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             apart before these.
         ckpt_path
             Training checkpoint to go on from, or ``"last"``: that of ``folder`` if there is one.
+        item_data
+            Series whose last ``validation_windows`` windows choose their weights, with `by`: the histories of what is
+            to be forecast. Those that are too short have the common weight. If None, the validation data choose.
 
         Returns
         -------
@@ -285,6 +315,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         TuningDidNotHelp
             If ``gate="raise"`` and there is no evidence that tuning helped.
         """
+        deadline = self.deadline()
         resolve_precision(self.options.precision, resolve_device(self.options.device))
         self.skipped = {}
         backbone = self.load_backbone()
@@ -292,6 +323,15 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             require_reconstruct(backbone)
         forecasts = self.tasks is None or self.tasks.forecasts
         adapter = get_adapter(_with_head(self.adapter, backbone) if forecasts else self.adapter)
+        if self.by is not None:
+            _check_weights(adapter)
+            if backbone.untrained:
+                raise ValueError(
+                    f"checkpoint {backbone.source.checkpoint!r} has no forecasting head of its own, so that by has no"
+                    " zero-shot to choose; leave by out"
+                )
+        elif item_data is not None:
+            raise ValueError("item_data is there to choose weights by item; name by='item' too, or leave it out")
         store, door = self.keep_series(training_data, "training", backbone)
         held_out: Any = self.prediction_length * self.validation_windows if validation_data is None else 0
         if held_out and self.tasks is not None and self.tasks.history:
@@ -323,7 +363,25 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             calibrator = Calibrator(apart, self.verdict_unit)
             if untrained.any():
                 windows = Windows(store, holdout=np.where(untrained, store.lengths, held_out), **lengths)
+            if deadline is not None and not backbone.untrained:
+                # What it will cost at the end.
+                backbone.to(resolve_device(self.options.device))
+                with deadline.measuring("calibration"):
+                    calibrator.learn(backbone)
         validation = list(last)
+        items = None
+        if self.by is not None:
+            judged, names = last, held_out_door.names
+            if item_data is not None:
+                item_store, item_door = self.keep_series(item_data, "items", backbone, door.found_freq)
+                judged, names = Windows(item_store, **lengths).last(self.validation_windows), item_door.names
+            items = ItemJudge(
+                judged,
+                names,
+                by=self.by,
+                tasks=None if self.tasks is None else self.tasks.judged,
+                keep=self.gate == "keep",
+            )
         joint, before, levels = self.tasks, {}, adapter.head_levels
         score = None
         if joint is not None:
@@ -333,7 +391,10 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                     " 'reconstruct'; add another, e.g. ['lora', 'head'], or leave the task out"
                 )
             backbone.to(resolve_device(self.options.device))
+            begun = self.clock()
             before = joint.scores(backbone, validation, levels, forecasts=not backbone.untrained)
+            if deadline is not None:
+                deadline.expect("after", self.clock() - begun)
             # Losses of a new head and of the model's own differ in kind.
             joint = joint.scaled(before, forecasts=levels is None)
             if before and not (backbone.untrained and joint.forecasts):
@@ -352,6 +413,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             score=score,
             judge=Judge(last, unit=self.verdict_unit, tasks=None if joint is None else joint.judged),
             interpolate=self.interpolate,
+            deadline=deadline,
+            items=items,
         )
         if joint is not None:
             names, diverged = [task.name for task in joint.tasks], not math.isfinite(result.gate.tuned)
@@ -365,7 +428,12 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                     if not after[name] < earlier:
                         worse = f"no better than before: loss {earlier:.5g} before, {after[name]:.5g} after"
                         warnings.warn(TuningDidNotHelp(f"adapter {adapter!r}, task {name!r}: {worse}"), stacklevel=2)
-        return self.hand_over(backbone, adapter, result, door.found_freq, calibrator)
+        found = None if items is None else items.found
+        return self.hand_over(backbone, adapter, result, door.found_freq, calibrator, found)
+
+    def deadline(self) -> Deadline | None:
+        """Return the limit of a training that begins now."""
+        return None if self.options.time_limit is None else Deadline(self.options.time_limit, self.clock)
 
     def hand_over(
         self,
@@ -374,9 +442,12 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         result: Fit,
         freq: str | None,
         calibrator: Calibrator | None = None,
+        items: Items | None = None,
     ) -> PeftPredictor:
         """Return the tuned predictor, or what ``gate`` wants without evidence that tuning helped."""
-        if not result.gate.passed and adapter.num_parameters():
+        if result.stopped == TIME_LIMIT and not math.isfinite(result.gate.tuned):
+            self._refuse_untrained(backbone, adapter)
+        elif not result.gate.passed and adapter.num_parameters() and items is None:
             message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: {result.verdict or result.gate}"
             if self.gate == "raise":
                 raise TuningDidNotHelp(message)
@@ -394,7 +465,19 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             device=self.options.device,
             freq=freq if tuned or calibrator is not None else None,
             calibration=None if calibrator is None else calibrator.learn(backbone),
+            items=items,
         )
+
+    def _refuse_untrained(self, backbone: Backbone, adapter: Adapter) -> None:
+        """Go back to zero-shot where the clock left no epoch, not even a part of one, that was judged."""
+        limit = spelled(self.options.time_limit or 0.0)
+        message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: time_limit {limit} left no time to train it"
+        if backbone.untrained:
+            raise ValueError(f"{message}, and the checkpoint has no forecasting head of its own; give it more time")
+        if self.gate == "raise":
+            raise TuningDidNotHelp(f"{message}; give it more time")
+        warnings.warn(TuningDidNotHelp(f"{message}; the zero-shot predictor is returned"), stacklevel=4)
+        adapter.detach()
 
     def keep_series(
         self, dataset: Dataset, name: str, backbone: Backbone, freq: str | None = None
@@ -406,7 +489,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         dataset
             GluonTS dataset.
         name
-            What part it is, ``"training"`` or ``"validation"``: its place in the folder.
+            What part it is, ``"training"``, ``"validation"`` or ``"items"``: its place in the folder.
         backbone
             That the series are for.
         freq
@@ -449,12 +532,37 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         unusable.settle(len(windows.store))
 
 
-# Arguments that are whole numbers, as the constructor declares them.
-_WHOLE = [
-    name
-    for name, parameter in inspect.signature(PeftEstimator.__init__).parameters.items()
-    if "int" in str(parameter.annotation).split(" | ")
-]
+def _check_by(by: str, validation_windows: int, interpolate: bool, calibrate: bool) -> None:
+    """Refuse options that leave nothing to choose, or nothing to choose by."""
+    if by not in BY:
+        raise ValueError(unknown("by", by, BY))
+    if validation_windows <= LEAST_WINDOWS:
+        raise ValueError(
+            f"by {by!r} needs more than {LEAST_WINDOWS} windows of an item to choose by, and validation_windows is"
+            f" {validation_windows}; name {LEAST_WINDOWS + 1} or more"
+        )
+    if calibrate:
+        raise ValueError(
+            f"by {by!r} and calibrate do not go together: quantiles are calibrated for one weight; leave one out"
+        )
+    if not interpolate:
+        raise ValueError(f"by {by!r} needs weights to choose from; leave interpolate=False out")
+
+
+def _check_weights(adapter: Adapter) -> None:
+    """Refuse adapters that have no weights between zero-shot and tuned for items to choose from."""
+    if adapter.head_levels is not None or adapter.scoring_windows:
+        why = "begins at random" if adapter.head_levels is not None else "changes its form while it trains"
+        raise ValueError(f"adapter {adapter!r} {why}, so that by has no weights to choose from; leave by out")
+
+
+def _declared(kind: str) -> list[str]:
+    """Return the arguments that the constructor declares to be of a type."""
+    parameters = inspect.signature(PeftEstimator.__init__).parameters
+    return [name for name, parameter in parameters.items() if kind in str(parameter.annotation).split(" | ")]
+
+
+_WHOLE, _NUMBERS, _TRUTH = _declared("int"), _declared("float"), (bool, np.bool_)
 
 
 def _with_head(spec: Any, backbone: Backbone) -> Any:

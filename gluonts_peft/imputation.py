@@ -89,6 +89,7 @@ def train_reconstruction(
     TuningDidNotHelp
         If the estimator has ``gate="raise"`` and tuning did not beat zero-shot.
     """
+    deadline = estimator.deadline()
     estimator.skipped = {}
     backbone = estimator.load_backbone()
     require_reconstruct(backbone)
@@ -98,6 +99,8 @@ def train_reconstruction(
         raise ValueError("tasks have no part in train_reconstruction, which has a single one; leave them out")
     if estimator.calibrate:
         raise ValueError("calibrate has no part in train_reconstruction, which makes no quantiles; leave it out")
+    if estimator.by is not None:
+        raise ValueError(f"by {estimator.by!r} chooses by forecasts and has no part in reconstruction; leave it out")
     adapter = get_adapter(estimator.adapter)
     if "head" in adapter_names(estimator.adapter):
         raise ValueError(
@@ -151,6 +154,7 @@ def train_reconstruction(
         loss=loss,
         judge=Judge(validation, unit=estimator.verdict_unit, tasks=[(1.0, loss)]),
         interpolate=estimator.interpolate,
+        deadline=deadline,
     )
     return estimator.hand_over(backbone, adapter, result, door.found_freq)
 

@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from gluonts.dataset.common import Dataset
-from gluonts.model.forecast import Forecast, QuantileForecast, SampleForecast
+from gluonts.model.forecast import Forecast
 from gluonts.model.predictor import Predictor
 from numpy.typing import NDArray
 
@@ -26,6 +26,8 @@ from .backbone import Backbone, Source
 from .calibration import Calibration
 from .checkpoint import Checkpoint, CheckpointError
 from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
+from .forecasts import forecasts_of
+from .items import ITEMS, Items
 from .registry import families
 from .series.batches import context_batches
 from .series.entries import Door, nothing_seen
@@ -68,6 +70,9 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         as of pretrained models, takes any.
     calibration
         What moves the quantiles that the model forecasts, see :mod:`gluonts_peft.calibration`; None leaves them.
+    items
+        Weights of items that differ from the common one, which is that of the adapter as it is attached, see
+        :mod:`gluonts_peft.items`. None forecasts all by the common one.
 
     Raises
     ------
@@ -88,6 +93,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         prediction_length: int | None = None,
         freq: str | None = None,
         calibration: Calibration | None = None,
+        items: Items | None = None,
     ) -> None:
         own = backbone.prediction_length
         if prediction_length is not None and not 0 < prediction_length <= own:
@@ -101,6 +107,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         self.seed = seed
         self.freq = freq
         self.calibration = calibration
+        self.items = items
 
     def __repr__(self) -> str:
         return f"PeftPredictor({self.backbone!r}, prediction_length={self.prediction_length})"
@@ -189,16 +196,48 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         for entries, batch in batches:
             names = [entry.get("item_id", f"at position {position + i}") for i, entry in enumerate(entries)]
             position += len(entries)
-            # Anew for each batch: in between, also in other threads, the adapter may be exchanged or merged.
-            with backbone.reading() as reader:
-                tensors = to_device(batch, reader.device)
-                result = reader.forecast(tensors, num_samples=num_samples, generator=generator)
-            found = result.values[:, :, : self.prediction_length].cpu()
-            values = (found if found.dtype == torch.float64 else found.float()).numpy()
+            values, levels = self._values(entries, batch, num_samples, generator)
             if self.calibration is not None:
-                values = self.calibration.apply(values, result.levels, self.calibration.scales(entries))
+                values = self.calibration.apply(values, levels, self.calibration.scales(entries))
             refuse_nonfinite(values, names.__getitem__, "forecast")
-            yield from _forecasts(entries, values, result.levels)
+            yield from forecasts_of(entries, values, levels)
+
+    def _values(
+        self,
+        entries: list[Mapping[str, Any]],
+        batch: Mapping[str, Any],
+        num_samples: int | None,
+        generator: torch.Generator,
+    ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
+        """Forecast a batch, each entry by its weight; values in the order of the entries, and their levels."""
+        backbone = self.backbone
+        with ExitStack() as readers:
+            # Anew for each batch: in between, also in other threads, the adapter may be exchanged or merged.
+            with backbone.weights.lock if self.items is not None else nullcontext():
+                items = self.items
+                if items is None:
+                    parts = [(slice(None), readers.enter_context(backbone.reading()))]
+                else:
+                    weights = np.array([items.weight(entry.get("item_id")) for entry in entries])
+                    parts = [
+                        (weights == weight, readers.enter_context(items.reading(backbone, weight)))
+                        for weight in np.unique(weights).tolist()
+                    ]
+            found: NDArray[Any] | None = None
+            for rows, reader in parts:
+                tensors = to_device({name: value[rows] for name, value in batch.items()}, reader.device)
+                result = reader.forecast(tensors, num_samples=num_samples, generator=generator)
+                own = result.values[:, :, : self.prediction_length].cpu()
+                values = (own if own.dtype == torch.float64 else own.float()).numpy()
+                if len(parts) == 1:
+                    return values, result.levels
+                if found is None:
+                    found = np.empty((len(entries), *values.shape[1:]), values.dtype)
+                # One part may need float64 where the others do not.
+                found = found.astype(np.result_type(found, values), copy=False)
+                found[rows] = values
+        assert found is not None, "a batch has entries"
+        return found, result.levels
 
     def shorten(self, prediction_length: int) -> PeftPredictor:
         """Return a predictor of the same model that hands over the first steps of each forecast.
@@ -219,6 +258,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             prediction_length=prediction_length,
             freq=self.freq,
             calibration=self.calibration,
+            items=self.items,
         )
 
     def serialize(self, path: Path) -> None:
@@ -244,7 +284,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 "a merged predictor has no adapter to store; write the whole model with export(folder)"
             )
         # The file that makes the folder a predictor comes last.
-        names = (ADAPTER, CONFIG, TYPE)
+        names = (ADAPTER, ITEMS, CONFIG, TYPE)
 
         def check() -> None:
             if used := [name for name in names if (path / name).exists()]:
@@ -256,7 +296,10 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 adapter = self.backbone.adapter
                 if adapter is not None and adapter.num_parameters():
                     adapter.save(partial / ADAPTER)
-                (partial / CONFIG).write_text(json.dumps(record(self._config(path)), indent=1) + "\n")
+                config = self._config(path)
+                if self.items is not None:
+                    config["items"] = self.items.save(partial)
+                (partial / CONFIG).write_text(json.dumps(record(config), indent=1) + "\n")
                 super().serialize(partial)
         except FolderInUse as error:
             raise PredictorError(str(error)) from None
@@ -349,18 +392,20 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             raise faults[0]
         if stored["adapter"] is not None:
             try:
-                load_adapter(path / ADAPTER, backbone)
+                adapter = load_adapter(path / ADAPTER, backbone)
+                if stored["items"] is not None:
+                    stored["items"].check(adapter)
             except AdapterError as error:
                 if str(path) in str(error):
                     raise
                 raise AdapterError(f"{error} (adapter in {str(path / ADAPTER)!r})") from error
-        return cls(backbone, fit=stored["fit"], device=device, **stored["settings"])
+        return cls(backbone, fit=stored["fit"], device=device, items=stored["items"], **stored["settings"])
 
     def swap(self, adapter: str | Path) -> None:
         """Exchange the adapter in place; the base weights stay in memory.
 
-        ``fit``, ``freq`` and ``calibration`` become those of the predictor that the adapter comes from, None for a bare
-        adapter.
+        ``fit``, ``freq``, ``calibration`` and ``items`` become those of the predictor that the adapter comes from, None
+        for a bare adapter.
 
         Parameters
         ----------
@@ -374,11 +419,11 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         """
         if self.merged:
             raise AdapterError("a merged predictor cannot exchange its adapter: it is part of the weights now")
-        folder, fit, freq, calibration = Path(adapter), None, None, None
+        folder, fit, freq, calibration, items = Path(adapter), None, None, None, None
         if (folder / CONFIG).is_file():
             stored = _read(folder)
             folder, fit, freq = folder / ADAPTER, stored["fit"], stored["settings"]["freq"]
-            calibration = stored["settings"]["calibration"]
+            calibration, items = stored["settings"]["calibration"], stored["items"]
             try:
                 _check_steps(calibration, self.backbone.prediction_length)
             except ValueError as error:
@@ -389,14 +434,18 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             try:
                 if backbone.adapter is not None:
                     backbone.adapter.detach()
-                load_adapter(folder, backbone)
+                own = load_adapter(folder, backbone)
+                if items is not None:
+                    items.check(own)
             except BaseException:
                 before.restore()
                 raise
-        self.fit, self.freq, self.calibration = fit, freq, calibration
+            self.fit, self.freq, self.calibration, self.items = fit, freq, calibration, items
 
     def merge(self) -> None:
         """Fold the adapter into the base weights, in place: same forecasts, no adapter left.
+
+        Items with weights of their own get the common one, with a warning.
 
         Raises
         ------
@@ -404,12 +453,17 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             If the method cannot be merged.
         """
         if self.backbone.adapter is not None:
-            self.backbone.adapter.merge()
+            with self.backbone.weights.lock:
+                self.backbone.adapter.merge()
+                items, self.items = self.items, None
+            if items is not None:
+                items.warn("what was merged has")
 
     def export(self, folder: str | Path) -> None:
         """Write base and adapter, merged, in the family's own layout, for use without this project.
 
         A calibration is no part of it, as a warning says: the quantiles are those of the network.
+        Where items have weights of their own, what is written has the common one, with a warning.
 
         Parameters
         ----------
@@ -439,6 +493,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 reader.export(partial)
         except FolderInUse as error:
             raise PredictorError(str(error)) from None
+        if self.items is not None:
+            self.items.warn("what was exported has")
 
 
 def _check_steps(calibration: Calibration | None, steps: int) -> None:
@@ -491,6 +547,7 @@ _KEYS = (
     "freq",
     "calibration",
     "fit",
+    "items",
     "versions",
 )
 # Far beyond all that these models can do; what allocates by such a number must not be asked for more.
@@ -512,6 +569,8 @@ def _read(folder: Path) -> dict[str, Any]:
         base = typed(Source, dict(config["base"].items()), "base")
         if base.kind not in ("bundled", "folder", "hub"):
             raise ValueError(f"base.kind is {base.kind!r}, not bundled, folder or hub")
+        if config.get("items") is not None and config["adapter"] is None:
+            raise ValueError("items have weights, and there is no adapter that they could be weights of")
         if not isinstance(options, dict):
             raise TypeError(f"backbone_options is {options!r}, not a mapping")
         # What is too small the model refuses.
@@ -539,6 +598,7 @@ def _read(folder: Path) -> dict[str, Any]:
                 "calibration": _calibration(config.get("calibration"), whole),
             },
             "fit": None if fit is None else typed(Fit, fit, "fit"),
+            "items": None if config.get("items") is None else Items.load(folder, config["items"]),
         }
     except FileNotFoundError as error:
         raise PredictorError(f"folder {str(folder)!r} holds no predictor: it has no {CONFIG}") from error
@@ -568,31 +628,3 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{name} is {value!r}, not text")
     return value
-
-
-def _forecasts(
-    entries: list[Mapping[str, Any]], values: NDArray[Any], levels: tuple[float, ...] | None
-) -> Iterator[Forecast]:
-    first: QuantileForecast | None = None
-    for entry, own in zip(entries, values, strict=True):
-        common = {
-            "start_date": entry["start"] + np.shape(entry["target"])[-1],
-            "info": entry.get("info"),
-        }
-        # The constructors take text only.
-        name = entry.get("item_id")
-        if levels is None:
-            sampled = SampleForecast(samples=own, **common)
-            sampled.item_id = name
-            yield sampled
-        elif first is None:
-            # GluonTS finds a level only under the spelling str(float).
-            first = QuantileForecast(own, forecast_keys=[str(level) for level in levels], **common)
-            first.item_id = name
-            yield first
-        else:
-            # The constructor parses every level anew, at the cost of a small network's forecast.
-            forecast = object.__new__(QuantileForecast)
-            arrays = dict(zip(first.forecast_keys, own, strict=True))
-            vars(forecast).update(vars(first), forecast_array=own, _forecast_dict=arrays, item_id=name, **common)
-            yield forecast

@@ -20,7 +20,9 @@ Integers = NDArray[np.int64]
 
 
 def backbone_of(model: PeftPredictor | Backbone) -> Backbone:
-    """Return the backbone of a predictor, or the backbone itself."""
+    """Return the backbone of a predictor, or the backbone itself; warn where items lose weights of their own."""
+    if (items := getattr(model, "items", None)) is not None:
+        items.warn("what is computed here has")
     found: Backbone = getattr(model, "backbone", model)
     return found
 

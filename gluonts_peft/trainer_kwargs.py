@@ -48,7 +48,7 @@ REFUSED: dict[str, str] = {
     "max_steps": _EPOCHS.format("name max_epochs and num_batches_per_epoch"),
     "min_steps": _EPOCHS.format("name max_epochs and patience"),
     "min_epochs": _EPOCHS.format("name max_epochs and patience"),
-    "max_time": _EPOCHS.format("name max_epochs; time decides no number here"),
+    "max_time": _EPOCHS.format("name time_limit, which leaves time for the verdict"),
     "limit_val_batches": _EPOCHS.format("name max_validation_windows"),
     "val_check_interval": _EPOCHS.format("name num_batches_per_epoch"),
     "check_val_every_n_epoch": _EPOCHS.format("name num_batches_per_epoch"),

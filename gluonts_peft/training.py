@@ -22,22 +22,24 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from tqdm import tqdm
 
+from .deadline import Deadline, parse_time_limit
 from .features import FeatureCache, with_features
 from .heads import forecast_error
+from .keeper import Bar, Keeper, mixed
 from .noise import without_noise
 from .processes import keeping_handler
 from .resume import SafeCheckpointIO, read_checkpoint
 from .series.windows import Windows
 from .trainer_kwargs import check_precision, check_trainer_kwargs, deciding, resolve_precision
-from .verdict import Candidate, Verdict
+from .verdict import Verdict
 from .weights import Snapshot
 from .words import BETTER, PROVEN
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
     from .backbone import Backbone
+    from .items import ItemJudge
     from .verdict import Judge
 
     Loss = Callable[[Backbone, Mapping[str, Tensor]], Tensor]
@@ -51,6 +53,8 @@ LAST = "last.ckpt"
 _WEIGHTS = (0.75, 0.5, 0.25)
 # Of families whose forecasts take a pass a step.
 _FEW_WEIGHTS = (0.5,)
+# A training step in forward passes of as many windows: a guess for before the first one.
+_STEP = 3.0
 
 
 class TuningDidNotHelp(UserWarning):  # noqa: N818
@@ -86,6 +90,10 @@ class TrainingOptions:
         ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
     precision
         A precision of Lightning, or ``"auto"``: bfloat16 where a GPU has it, else float32. ``"16-mixed"`` needs a GPU.
+    time_limit
+        What training may take with all that belongs to it, verdict included; see
+        :func:`gluonts_peft.deadline.parse_time_limit`. It is kept in seconds. None means no limit. It decides when a
+        training ends, and no number before that: the rate falls as if it were trained for ``max_epochs``.
     """
 
     max_epochs: int = 10
@@ -99,8 +107,14 @@ class TrainingOptions:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    time_limit: float | None = None
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            # It would pass for 0 or 1.
+            if isinstance(value, bool) and name != "time_limit":
+                raise ValueError(f"{name} {value!r} is not a {'name' if name in ('device', 'precision') else 'number'}")
+        object.__setattr__(self, "time_limit", parse_time_limit(self.time_limit))
         for name in ("max_epochs", "num_batches_per_epoch", "batch_size"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
@@ -189,6 +203,8 @@ class Fit:
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
     # Did tuning help? None where there was nothing to compare with, and in records before version 0.2.
     verdict: Verdict | None = None
+    # "time_limit" if the clock ended the training, so that a repetition need not give the same numbers.
+    stopped: str | None = None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -264,6 +280,8 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         self.updates = updates
         self.strict_loading = False
         self.validated = _Mean()
+        # Whether there is no time left for a validation.
+        self.unjudged = False
 
     def training_step(self, _: Any, index: int) -> Tensor:
         step = self.current_epoch * self.options.num_batches_per_epoch + index
@@ -287,6 +305,8 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         self.validated = _Mean()
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> None:
+        if self.unjudged:
+            return
         losses = _losses(self.backbone, batch, self.loss)
         self.validated.add(losses)
         # For the bar and for callbacks of others, in single precision.
@@ -323,158 +343,6 @@ def _rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(total - rising, 1.0)))
 
 
-class _Keeper(Callback):  # type: ignore[misc]
-    """Keeps the best weights in memory, and everything on disk after each epoch; says when it is enough.
-
-    Lightning's own early stopping forgets, when a run is resumed, that the run had stopped.
-    """
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        path: Path | None,
-        run: Mapping[str, Any],
-        patience: int,
-        judge: Judge | None = None,
-        weights: Sequence[float] = (),
-    ) -> None:
-        self.adapter = adapter
-        self.judge = judge
-        # Where a path from zero-shot to what an epoch makes of the adapter begins, and its points before the end.
-        self.start = _copied(adapter) if weights else {}
-        self.between = weights
-        self.candidates: list[Candidate] = []
-        self.chosen = self.score = math.inf
-        self.path = path
-        self.run = dict(run)
-        self.patience = patience
-        self.waited = 0
-        self.stopped = False
-        self.best = math.inf
-        self.weights: dict[str, Tensor] = {}
-        self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
-        self._started = 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._started = time.perf_counter() - self.seconds
-        trainer.should_stop = trainer.should_stop or self.stopped
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        score = pl_module.validated.value
-        if not math.isfinite(score):
-            logger.warning("validation loss is %s after epoch %d: training stops", score, trainer.current_epoch)
-            self.stopped = True
-        elif not self.adapter.settled:
-            # Its weights would be those of another adapter than the one that is kept.
-            pass
-        else:
-            if self.judge is not None:
-                self._judge(self.judge, trainer.current_epoch)
-            if score < self.best:
-                self.best, self.waited = score, 0
-                if self.judge is None:
-                    self.weights = _copied(self.adapter)
-            else:
-                self.waited += 1
-                self.stopped = self.waited == self.patience
-        trainer.should_stop = trainer.should_stop or self.stopped
-
-    def _judge(self, judge: Judge, epoch: int) -> None:
-        """Score what the epoch has made of the adapter, and points on the way there; keep the best epoch so far."""
-        state = _copied(self.adapter)
-        between = self.between if state.keys() == self.start.keys() else ()
-        try:
-            for weight in (1.0, *between):
-                if weight != 1.0:
-                    self.adapter.load_state_dict(_mixed(self.start, state, weight))
-                scores = judge.score(self.adapter.attached)
-                self.candidates.append(Candidate(epoch, weight, scores))
-                if weight == 1.0:
-                    self.score = float(scores.mean())
-                if scores.mean() < self.chosen:
-                    self.chosen, self.weights = float(scores.mean()), state
-        finally:
-            if between:
-                self.adapter.load_state_dict(state)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        self.history.append(
-            {
-                "epoch": trainer.current_epoch,
-                "train_loss": float(metrics["train_loss"]),
-                "val_loss": pl_module.validated.value,
-                **({} if self.judge is None else {"score": self.score}),
-            }
-        )
-        self.seconds = time.perf_counter() - self._started
-        if self.path is not None:
-            trainer.save_checkpoint(self.path)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": self.best,
-            "waited": self.waited,
-            "stopped": self.stopped,
-            "weights": self.weights,
-            "history": self.history,
-            "seconds": self.seconds,
-            "run": self.run,
-            "chosen": self.chosen,
-            "candidates": [[each.epoch, each.weight, torch.from_numpy(each.scores)] for each in self.candidates],
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best, self.weights = state_dict["best"], state_dict["weights"]
-        self.waited, self.stopped = state_dict["waited"], state_dict["stopped"]
-        self.history, self.seconds = state_dict["history"], state_dict["seconds"]
-        self.chosen = state_dict.get("chosen", math.inf)
-        self.candidates = [
-            Candidate(epoch, weight, scores.numpy()) for epoch, weight, scores in state_dict.get("candidates", [])
-        ]
-
-
-def _copied(adapter: Adapter) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in adapter.state_dict().items()}
-
-
-def _mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """Return tensors on the line between two states; what is no number on a line is taken from the end."""
-    return {
-        name: torch.lerp(start[name].to(tensor.dtype), tensor, weight) if tensor.is_floating_point() else tensor
-        for name, tensor in end.items()
-    }
-
-
-class _Bar(Callback):  # type: ignore[misc]
-    """One progress bar over all steps."""
-
-    def __init__(self, total: int, name: str) -> None:
-        self.total = total
-        self.name = name
-        self._bar: Any = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._bar = tqdm(total=self.total, initial=trainer.global_step, desc=self.name, unit="step", leave=False)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self._bar.update()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix(val_loss=f"{float(trainer.callback_metrics['val_loss']):.4g}")
-
-    def on_train_end(self, *_: Any) -> None:
-        self._bar.close()
-
-    def on_exception(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
 def fit(
     backbone: Backbone,
     adapter: Adapter,
@@ -490,6 +358,8 @@ def fit(
     score: Callable[[], float] | None = None,
     judge: Judge | None = None,
     interpolate: bool = True,
+    deadline: Deadline | None = None,
+    items: ItemJudge | None = None,
 ) -> Fit:
     """Attach an adapter to a backbone and train it; the best weights are kept.
 
@@ -528,6 +398,14 @@ def fit(
     interpolate
         Let the judge choose among weights between the adapter as it was attached, which changes nothing, and as each
         epoch leaves it; else among epochs alone. Has no effect with a new head, which begins at random.
+    deadline
+        When to be done; that of ``options.time_limit``, from now on, if None. Scores before tuning always come first. A
+        run that is gone on with has spent what its training took up to its last whole epoch. What the caller does
+        afterwards counts as the parts ``"after"`` and ``"calibration"``.
+    items
+        Lets items choose weights of their own, if there are weights to choose from: ``Fit.verdict.items`` says what
+        that is worth, and ``items.found`` has them. The adapter is left at the common weight: 0 if items have weights
+        of their own, and there is no evidence for all together.
 
     Raises
     ------
@@ -547,12 +425,18 @@ def fit(
             return score()
         return mean_loss(backbone, validation, loss) if levels is None else forecast_error(backbone, validation, levels)
 
+    if deadline is None and options.time_limit is not None:
+        deadline = Deadline(options.time_limit)
+    clock = time.perf_counter if deadline is None else deadline.clock
+    begun = clock()
     unknown = score is None and backbone.untrained and (loss is None or levels is not None)
     zero_shot = None if unknown else validate()
+    validated = clock()
     # Without a forecast before tuning there is nothing to compare with.
     if unknown or (judge is not None and judge.forecasts and backbone.untrained):
         judge = None
     before = None if judge is None else judge.start(backbone)
+    judged = clock()
     steps = min(options.num_batches_per_epoch, math.ceil(len(windows) / options.batch_size))
     options = replace(options, num_batches_per_epoch=steps)
     measure = "score of all tasks" if score is not None else "loss" if levels is None else "forecast error"
@@ -583,7 +467,7 @@ def fit(
                 name: _plain(getattr(given, name))
                 for name in ("context_length", "prediction_length", "min_context", "holdout", "seed")
             },
-            "options": {**asdict(options), "learning_rate": rate, "device": device.type},
+            "options": _deciding_options(options) | {"learning_rate": rate, "device": device.type},
             **({} if loss is None else {"loss": repr(loss)}),
             **({} if not scoring else {"scoring": _digest(scoring)}),
             "trainer": {"precision": precision, **deciding(extra)},
@@ -597,14 +481,32 @@ def fit(
         between: tuple[float, ...] = ()
         if interpolate and judge is not None and levels is None:
             between = _FEW_WEIGHTS if judge.sampled else _WEIGHTS
-        keeper = _Keeper(adapter, path, run, options.patience, judge, between)
+        a_pass = validated - begun
+        if deadline is not None:
+            if unknown:
+                # Now that there is a head to validate with.
+                with deadline.measuring("pass"):
+                    validate()
+                a_pass = deadline.cost("pass")
+            # What an epoch costs is not known before the first: these are passes over the same windows.
+            deadline.expect("batch", _STEP * a_pass * options.batch_size / max(count, 1))
+            deadline.expect("epoch's end", a_pass + (judged - validated) * (1 + len(between)))
+            share = 0.0 if items is None or judge is None else (len(between) + 3) * len(items) / max(judge.windows, 1)
+            later = deadline.cost("after") + deadline.cost("calibration")
+            deadline.expect("end", a_pass + later + share * (judged - validated))
+        keeper = Keeper(adapter, path, run, options.patience, judge, between, deadline, before)
         callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
         if progress:
-            callbacks.append(_Bar(options.total_steps, repr(adapter)))
+            callbacks.append(Bar(options.total_steps, repr(adapter)))
         kept: FeatureCache | None = None
         shown: Iterable[Mapping[str, Any]] = validation
         # Another loss may look at other parts of a window than the features are made of.
         caches = adapter.caches and loss is None
+        if caches and deadline is not None:
+            # Without it the same windows are drawn, and their features computed step by step.
+            most = min(options.total_steps * options.batch_size, len(windows))
+            deadline.expect("features", a_pass * most / max(count, 1))
+            caches = deadline.fits("features", "features", "epoch's end", "end")
         if caches or adapter.pool is not None:
             kept = FeatureCache(
                 backbone,
@@ -655,7 +557,11 @@ def fit(
     verdict = None if judge is None or before is None else judge.verdict(before, keeper.candidates)
     if keeper.weights:
         weight = 1.0 if verdict is None or verdict.weight is None else verdict.weight
-        adapter.load_state_dict(keeper.weights if weight == 1.0 else _mixed(keeper.start, keeper.weights, weight))
+        if items is not None and verdict is not None and keeper.start.keys() == keeper.weights.keys():
+            common = weight if verdict.helped or items.keep else 0.0
+            verdict = replace(verdict, items=items.decide(adapter, keeper.start, keeper.weights, between, common))
+            weight = weight if items.found is None else common
+        adapter.load_state_dict(keeper.weights if weight == 1.0 else mixed(keeper.start, keeper.weights, weight))
         adapter.finish()
     # The same function scores both sides, so that they differ by the weights alone.
     tuned = validate() if keeper.weights else math.inf
@@ -669,6 +575,7 @@ def fit(
         keeper.history,
         adapter.report(),
         verdict=verdict,
+        stopped=keeper.why,
     )
 
 
@@ -700,6 +607,11 @@ def _checkpoints(
                 f" ({_first_difference(earlier, run, differing[0])})"
             )
     return path, start, earlier
+
+
+def _deciding_options(options: TrainingOptions) -> dict[str, Any]:
+    """Return the options that decide numbers; a limit of time decides how many of them there are."""
+    return {name: value for name, value in asdict(options).items() if name != "time_limit"}
 
 
 def _digest(batches: Iterable[Mapping[str, Any]]) -> str:

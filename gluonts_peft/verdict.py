@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .scores import LEVELS, between, quantile_scores, scale
 from .series.season import season_length
 from .words import BETTER, LEAST_UNITS, LEVEL, NO_EVIDENCE, PROVEN, counted, evidence, word_of
 
@@ -38,6 +39,7 @@ __all__ = [
     "PROVEN",
     "UNITS",
     "Candidate",
+    "ItemVerdict",
     "Judge",
     "Verdict",
     "between",
@@ -48,10 +50,9 @@ __all__ = [
     "keys_of",
     "quantile_scores",
     "scale",
+    "unit_key",
 ]
 
-#: Quantile levels that are scored.
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 #: What may be counted.
 UNITS = ("series", "patients")
 #: With fewer units the choice among weights is more cautious.
@@ -62,8 +63,6 @@ FOLDS = 5
 MOST_WINDOWS, MOST_SAMPLED = 256, 64
 _BATCH, _SAMPLES = 64, 20
 _NAMES = {True: "scaled quantile loss", False: "reconstruction loss"}
-# Smallest scale of a series, relative to its mean size: what hardly ever changes is no measure of errors.
-_FLOOR = 0.01
 # Of differences of scores, which are of the order of 1: what rounding alone makes.
 _ROUNDING = 1e-12
 # Up to so many units all signs are tried, beyond so many random ones as these.
@@ -94,6 +93,56 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class ItemVerdict:
+    """Is it worth it that items choose weights of their own? See :mod:`gluonts_peft.items`.
+
+    Parameters
+    ----------
+    by
+        What chose: ``"item"`` or ``"patients"``.
+    word
+        As of :class:`Verdict`, but against the common choice, which all take unless it is ``"proven"``.
+    change, low, high, p
+        As of :class:`Verdict`, cross-fitted over each item's own windows, in per cent of zero-shot's score. None if
+        nothing could be compared.
+    units, unseen
+        Items whose history was long enough, and those that were seen and whose history was not.
+    common
+        The common weight.
+    chosen
+        Weight -> how many items chose it.
+    """
+
+    by: str
+    word: str
+    change: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    units: int
+    unseen: int
+    common: float
+    chosen: dict[str, int]
+
+    @property
+    def helped(self) -> bool:
+        """Whether items have weights of their own: where that is proven, and not merely better."""
+        return self.word == PROVEN
+
+    def __str__(self) -> str:
+        if self.change is None:
+            return f"by {self.by}: no history is long enough to choose by"
+        interval = None if self.low is None or self.high is None else (self.low, self.high)
+        unit, common = self.by.removesuffix("s") + "s", f"the common weight {self.common:g}"
+        found = evidence("score", self.change, interval, self.units, unit, common)
+        if not self.helped:
+            return f"by {self.by}: not proven that own weights are better: {found}"
+        return f"by {self.by}: {self.word}: {found}; " + ", ".join(
+            f"{count} chose {weight}" for weight, count in self.chosen.items()
+        )
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the comparison of tuned and zero-shot forecasts says.
 
@@ -120,6 +169,8 @@ class Verdict:
         What was scored.
     epoch, weight
         Of the candidate that all units choose, see :func:`choose`. None if there is none.
+    items
+        What comes of choices by item, if these were asked for.
 
     References
     ----------
@@ -140,6 +191,7 @@ class Verdict:
     score: str
     epoch: int | None
     weight: float | None
+    items: ItemVerdict | None = None
 
     @property
     def proven(self) -> bool:
@@ -152,6 +204,9 @@ class Verdict:
         return self.word in (PROVEN, BETTER)
 
     def __str__(self) -> str:
+        return self._common() + ("" if self.items is None else f"; {self.items}")
+
+    def _common(self) -> str:
         over = counted(self.units, self.unit)
         if self.epoch is None:
             return f"{self.word}: the training left no model with finite scores"
@@ -242,6 +297,11 @@ def choose(zero_shot: Floats, candidates: Sequence[Candidate], units: Any = slic
     return _cautious(candidates, best, len(zero_shot[units]))
 
 
+def unit_key(name: str, unit: str) -> str:
+    """Return which unit a series belongs to, by its item id: itself, or what comes before the first ``/``."""
+    return name.partition("/")[0] if unit == "patients" else name
+
+
 def _cautious(candidates: Sequence[Candidate], best: int, units: int) -> int:
     epoch = [number for number, each in enumerate(candidates) if each.epoch == candidates[best].epoch]
     order = sorted(epoch, key=lambda number: candidates[number].weight)
@@ -325,95 +385,6 @@ def _flips(count: int) -> Iterator[NDArray[Any]]:
         yield flipped[flipped.any(axis=1)]
 
 
-def scale(history: NDArray[Any], season: int) -> Floats:
-    """Return what errors of a series are measured in: how far values a season apart differ.
-
-    Parameters
-    ----------
-    history
-        Shape ``(steps,)`` or ``(steps, dimensions)``, all before the first label; NaN is missing.
-    season
-        Steps of a season. Where no two such values are known or none differ, neighbours are taken.
-
-    Returns
-    -------
-    numpy.ndarray
-        Of each dimension: the mean absolute difference, at least a hundredth of the mean size; 0 where nothing is known
-        to differ from 0.
-    """
-    values = np.asarray(history, dtype=np.float64)
-    values = values.reshape(len(values), -1)
-    found = np.zeros(values.shape[1])
-    for lag in dict.fromkeys((season, 1)):
-        found = np.where(found > 0, found, _mean_size(values[lag:] - values[: max(len(values) - lag, 0)]))
-    result: Floats = np.maximum(found, _FLOOR * _mean_size(values))
-    return result
-
-
-def _mean_size(values: Floats) -> Floats:
-    known = np.isfinite(values)
-    total: Floats = np.where(known, np.abs(values), 0.0).sum(axis=0)
-    mean: Floats = total / np.maximum(known.sum(axis=0), 1)
-    return mean
-
-
-def quantile_scores(
-    forecast: NDArray[Any],
-    levels: Sequence[float] | None,
-    label: NDArray[Any],
-    observed: NDArray[Any],
-    scales: NDArray[Any],
-) -> Floats:
-    """Return the scaled quantile loss (SQL) of windows: the mean of ``2 pinball / scale`` over what was observed.
-
-    Of a point forecast, one level alone, it is the absolute error. It is averaged over the levels 0.1 to 0.9 and over
-    dimensions; levels that are not forecast lie on a line between their neighbours, those of sample paths are
-    empirical.
-
-    Parameters
-    ----------
-    forecast
-        Shape ``(windows, n, steps)`` or ``(windows, n, steps, dimensions)``.
-    levels
-        Of axis 1, ascending; None for sample paths.
-    label, observed
-        Shape ``(windows, steps)`` or ``(windows, steps, dimensions)``.
-    scales
-        Shape ``(windows, dimensions)``, see :func:`scale`.
-
-    Returns
-    -------
-    numpy.ndarray
-        Of each window; NaN where no dimension has a scale and an observed label.
-    """
-    values, truth = np.asarray(forecast, dtype=np.float64), np.asarray(label, dtype=np.float64)
-    seen = np.asarray(observed) > 0
-    if values.ndim == 3:
-        values, truth, seen = values[..., None], truth[..., None], seen[..., None]
-    if levels is None:
-        at = np.moveaxis(np.quantile(values, LEVELS, axis=1), 0, 1)
-    else:
-        at = np.stack([between(values, levels, level) for level in LEVELS], axis=1)
-    weight = np.asarray(LEVELS)[:, None, None]
-    below = truth[:, None] - at
-    pinball = 2.0 * np.maximum(weight * below, (weight - 1.0) * below).mean(axis=1)
-    count = seen.sum(axis=1)
-    good: Any = (count > 0) & (scales > 0)
-    mean = np.where(seen, pinball, 0.0).sum(axis=1) / np.maximum(count, 1)
-    scaled = np.divide(mean, scales, out=np.zeros_like(mean), where=good)
-    result: Floats = np.where(good.any(axis=1), scaled.sum(axis=1) / np.maximum(good.sum(axis=1), 1), math.nan)
-    return result
-
-
-def between(values: Floats, levels: Sequence[float], level: float) -> Floats:
-    """Return the quantile of a level from those of axis 1: on a line between its neighbours, at the ends the last."""
-    position = float(np.interp(level, levels, range(len(levels))))
-    low, share = int(position), position % 1.0
-    high = min(low + 1, values.shape[1] - 1)
-    result: Floats = (1.0 - share) * values[:, low] + share * values[:, high] if share else values[:, low]
-    return result
-
-
 class Judge:
     """Scores a model on validation windows, unit by unit.
 
@@ -427,6 +398,8 @@ class Judge:
     tasks
         What is scored: the forecast alone if None; else pairs (weight, what), where what is the number of steps to
         forecast or a loss of each window. Each is taken relative to zero-shot.
+    every
+        Score all windows, however many there are.
 
     Attributes
     ----------
@@ -444,6 +417,7 @@ class Judge:
         *,
         unit: str = "series",
         tasks: Sequence[tuple[float, int | Loss]] | None = None,
+        every: bool = False,
     ) -> None:
         store = windows.windows.store
         self.parts: list[tuple[float, int | Loss]] = list(tasks or [(1.0, windows.windows.prediction_length)])
@@ -452,7 +426,8 @@ class Judge:
         self.sampled = False
         self.score_name = "score of all tasks" if len(self.parts) > 1 else _NAMES[self.forecasts]
         keys = keys_of(store, windows.series, unit)
-        chosen = _spread(keys, MOST_WINDOWS)
+        self._every = every
+        chosen = _spread(keys, len(keys) if every else MOST_WINDOWS)
         first: dict[int, int] = {}
         for series, cut in zip(windows.series.tolist(), windows.cuts.tolist(), strict=True):
             first[series] = min(cut, first.get(series, cut))
@@ -490,7 +465,7 @@ class Judge:
         if self.forecasts:
             # Sample paths take a pass for each step, and a choice of fewer windows.
             self.sampled = self._forecast(backbone, self._read(slice(0, 1))).levels is None
-            if self.sampled and len(self._keys) > MOST_SAMPLED:
+            if self.sampled and len(self._keys) > MOST_SAMPLED and not self._every:
                 kept = _spread(self._keys, MOST_SAMPLED)
                 self._keys = [self._keys[position] for position in kept]
                 self._series, self._cuts, self._scales = self._series[kept], self._cuts[kept], self._scales[kept]
@@ -504,6 +479,13 @@ class Judge:
     def score(self, backbone: Backbone) -> Floats:
         """Score the model as it is now; shape ``(units,)``, lower is better."""
         return self._by_unit(self._rows(backbone))
+
+    def by_window(self, backbone: Backbone) -> Floats:
+        """Score the model as it is now; shape ``(windows,)``, NaN for those that are left out."""
+        total = self._total(self._rows(backbone))
+        assert self._good is not None, "start() comes first"
+        result: Floats = np.where(self._good, total, math.nan)
+        return result
 
     def verdict(self, zero_shot: Floats, candidates: Sequence[Candidate]) -> Verdict:
         """Compare candidates with zero-shot."""
@@ -561,12 +543,17 @@ class Judge:
         result: Floats = np.concatenate(columns, axis=1)
         return result
 
+    def _total(self, rows: Floats) -> Floats:
+        """Return the score of each window over all tasks."""
+        if not self.joint:
+            first: Floats = rows[0]
+            return first
+        shares = [weight / (before or 1.0) for (weight, _), before in zip(self.parts, self._before, strict=True)]
+        total: Floats = np.asarray(shares) @ rows / math.fsum(weight for weight, _ in self.parts)
+        return total
+
     def _by_unit(self, rows: Floats) -> Floats:
-        if self.joint:
-            shares = [weight / (before or 1.0) for (weight, _), before in zip(self.parts, self._before, strict=True)]
-            total = np.asarray(shares) @ rows / math.fsum(weight for weight, _ in self.parts)
-        else:
-            total = rows[0]
+        total = self._total(rows)
         keys = self._known()
         places = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         index = [places[key] for key in keys]
@@ -578,7 +565,7 @@ class Judge:
 def keys_of(store: SeriesStore, series: NDArray[np.int64], unit: str) -> list[str]:
     """Return of each number of a series the unit that it belongs to."""
     if unit == "patients":
-        return [store.item_ids[number].partition("/")[0] for number in series]
+        return [unit_key(store.item_ids[number], unit) for number in series]
     return [str(number) for number in series]
 
 

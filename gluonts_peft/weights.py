@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .adapters.base import Adapter
     from .backbone import Backbone
 
-__all__ = ["BaseChangedError", "Snapshot", "Weights", "fold", "same_bits"]
+__all__ = ["BaseChangedError", "Snapshot", "Weights", "alive", "fold", "key_of", "same_bits", "variant"]
 
 _STRUCTURE = ("_modules", "_parameters", "_buffers")
 
@@ -291,7 +291,7 @@ class _Folded:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        self._key, self._kept = _key(backbone), _kept(backbone)
+        self._key, self._kept = key_of(backbone), alive(backbone)
         self._outer = _attributes(backbone)
         adapter = backbone.adapter
         # Writing into `tensor.data` leaves no trace in the key: what was folded is compared number by number.
@@ -307,7 +307,7 @@ class _Folded:
             return (
                 outer.keys() == self._outer.keys()
                 and all(outer[name] is value for name, value in self._outer.items())
-                and _key(backbone) == self._key
+                and key_of(backbone) == self._key
                 and torch.equal(_numbers(self._own), self._numbers)
             )
         except RuntimeError:
@@ -353,6 +353,34 @@ def fold(backbone: Backbone) -> Backbone:
     return reader
 
 
+def variant(backbone: Backbone, state: Mapping[str, Tensor]) -> Backbone:
+    """Return a copy of a backbone, to read from, whose adapter has another state.
+
+    It shares all values but those of the adapter.
+
+    Parameters
+    ----------
+    backbone
+        With an adapter.
+    state
+        As :meth:`gluonts_peft.adapters.base.Adapter.state_dict` gives it.
+    """
+    adapter = backbone.adapter
+    assert adapter is not None, "there is no adapter"
+    stored = {tensor.data_ptr() for tensor in (*adapter.state_dict().values(), *adapter.parameters())}
+    memo: dict[int, Any] = {id(backbone.weights): Weights(merged=backbone.weights.merged)}
+    for parameter in backbone.parameters():
+        value = parameter.detach()
+        memo[id(parameter)] = nn.Parameter(value.clone() if value.data_ptr() in stored else value, requires_grad=False)
+    for buffer in backbone.buffers():
+        memo[id(buffer)] = buffer.detach().clone() if buffer.data_ptr() in stored else buffer.detach()
+    copied = copy.deepcopy(backbone, memo | _hooks(backbone))
+    copied.eval()
+    assert copied.adapter is not None
+    copied.adapter.load_state_dict({name: tensor.to(backbone.device) for name, tensor in state.items()})
+    return copied
+
+
 def _hooks(backbone: Backbone) -> dict[int, Any]:
     """Return the tables of hooks, shared by copies: copying them takes most of the time."""
     return {
@@ -373,8 +401,8 @@ def _numbers(tensors: list[nn.Parameter]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors]) if tensors else torch.empty(0)
 
 
-def _key(backbone: Backbone) -> list[int]:
-    """Return what tells this state of all tensors from another, as long as :func:`_kept` are alive."""
+def key_of(backbone: Backbone) -> list[int]:
+    """Return what tells this state of all tensors from another, as long as :func:`alive` are alive."""
     # A plain walk, since `parameters()` takes a tenth of the time of a small network's forecast.
     found: list[int] = []
     stack: list[nn.Module] = [backbone]
@@ -389,7 +417,7 @@ def _key(backbone: Backbone) -> list[int]:
     return found
 
 
-def _kept(backbone: Backbone) -> list[Any]:
+def alive(backbone: Backbone) -> list[Any]:
     """Return what must stay alive so that no address is used a second time."""
     return [
         *backbone.modules(),

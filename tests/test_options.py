@@ -83,6 +83,8 @@ ELSEWHERE = {
     "device": "test_a_device_that_is_not_there_is_refused",
     "folder": "test_a_folder_gets_the_checkpoint",
     "progress": "test_progress_is_shown",
+    "time_limit": "test_deadline.py",
+    "by": "test_items.py",
     "unusable": "test_entries.py",
     "any_freq": "test_entries.py",
     "interpolate": "test_verdict.py",
@@ -100,7 +102,8 @@ def test_every_option_has_a_test() -> None:
 def test_options_of_trials_are_those_of_the_estimator_and_have_its_defaults() -> None:
     parameters = inspect.signature(PeftEstimator.__init__).parameters
     for name, field in TrainingSpec.model_fields.items():
-        assert parameters[name].default == field.default
+        # Trials know of what their units are from their data.
+        assert parameters[name].default == field.default or name == "verdict_unit"
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -208,6 +211,13 @@ def test_a_number_that_is_not_whole_is_refused_and_not_cut(name: str, value: Any
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
 def test_a_number_that_is_no_number_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name} {value} is "):
+        get_estimator("chronos")(**{"prediction_length": 6, name: value})
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "gradient_clip_val", "learning_rate", "warmup"])
+@pytest.mark.parametrize("value", [True, False, np.bool_(True)])
+def test_true_is_no_number(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name} {re.escape(repr(value))} is not a number$"):
         get_estimator("chronos")(**{"prediction_length": 6, name: value})
 
 

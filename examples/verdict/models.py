@@ -112,7 +112,9 @@ class _Snapshots(Callback):  # type: ignore[misc]
         self._keep(module)
 
 
-def tuned(entries: list[Any], options: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+def tuned(
+    entries: list[Any], options: Mapping[str, Any], horizon: int = HORIZON, context: int = CONTEXT
+) -> tuple[Any, list[dict[str, Any]]]:
     """Return a backbone with its adapter, and the adapter's tensors at the start and after each epoch."""
     rng = np.random.default_rng(0)
     chosen = sorted(rng.permutation(len(entries))[: options["stays"]])
@@ -121,8 +123,8 @@ def tuned(entries: list[Any], options: Mapping[str, Any]) -> tuple[Any, list[dic
         data = [{**entry, "target": rng.permutation(entry["target"])} for entry in data]
     snapshots = _Snapshots()
     estimator = get_estimator("chronos")(
-        prediction_length=HORIZON,
-        context_length=CONTEXT,
+        prediction_length=horizon,
+        context_length=context,
         checkpoint="bolt-nano",
         adapter={"name": "lora", "r": options["r"]},
         learning_rate=options["rate"],
@@ -132,6 +134,7 @@ def tuned(entries: list[Any], options: Mapping[str, Any]) -> tuple[Any, list[dic
         gate="keep",
         device="cpu",
         progress=False,
+        unusable="skip",
         trainer_kwargs={"callbacks": [snapshots]},
     )
     return estimator.train(data, data[:1]).backbone, snapshots.states

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import multiprocessing
 import os
 import statistics
@@ -201,7 +202,7 @@ def _measure(trial: TrialSpec, folder: Path) -> TrialResult:
     short = {"max_epochs": 1, "num_batches_per_epoch": min(10, training.num_batches_per_epoch)}
     form = trial.normal_form()
     if trial.trains:
-        form["training"] |= short
+        form["training"] |= short | {"time_limit": None}
     # The innermost first.
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -220,7 +221,8 @@ def _scaled(measured: TrialResult, trial: TrialSpec) -> float:
     if not measured.steps:
         return total
     steps = trial.training.max_epochs * trial.training.num_batches_per_epoch
-    return total - training + training * steps / measured.steps
+    longest = math.inf if trial.training.time_limit is None else trial.training.time_limit
+    return total - training + min(training * steps / measured.steps, longest)
 
 
 def _claim(folder: Path, study: StudySpec, trials: list[TrialSpec]) -> None:

@@ -332,6 +332,8 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
         notes.append(f"Without a window to train or validate on, and left out: {'; '.join(unused)}.")
     notes += _calibrations(finished)
     notes += _simpler(finished)
+    if cut := sum(result.stopped is not None for result in finished):
+        notes.append(f"Ended by the clock (time_limit), so that a repetition may give other numbers: {cut} trials.")
     notes.append(
         "± is the spread over seeds on the same test windows: how much the luck of training matters, not what other"
         " series would give: that is what the intervals say. All scores are of the tuned model, also where its own"

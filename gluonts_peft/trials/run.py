@@ -308,7 +308,7 @@ def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[P
     """Return a baseline trained from scratch and what the result says about it; it is not stored."""
     from .baselines import LEARNING_RATE, BaselineEstimator
 
-    training = spec.training.model_dump()
+    training = _training_options(spec)
     estimator = BaselineEstimator(
         prediction_length=spec.prediction_length,
         context_length=spec.context_length,
@@ -327,6 +327,12 @@ def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[P
     return predictor, _training_facts(predictor) | {"counts": _skipped_counts(estimator)}
 
 
+def _training_options(spec: TrialSpec) -> dict[str, Any]:
+    """Return the options of the estimator that say how to train."""
+    unit = spec.training.verdict_unit or ("patients" if spec.data.group == "patient" else "series")
+    return {**spec.training.model_dump(), "verdict_unit": unit}
+
+
 def _skipped_counts(estimator: PeftEstimator) -> dict[str, int]:
     """Return how many series of each part the estimator left out, as it had no window in them."""
     return {f"{name}_skipped": count for name, count in estimator.skipped.items()}
@@ -335,12 +341,14 @@ def _skipped_counts(estimator: PeftEstimator) -> dict[str, int]:
 def _training_facts(predictor: PeftPredictor) -> dict[str, Any]:
     fit = predictor.fit
     assert fit is not None
-    assert predictor.backbone.adapter is not None
+    if predictor.backbone.adapter is None:
+        raise ValueError("training.time_limit left no time to train a single step and to judge it; give it more")
     return {
         "trainable_parameters": predictor.backbone.adapter.num_parameters(),
         "epochs": fit.epochs,
         "steps": fit.steps,
         "learning_rate": fit.learning_rate,
+        "stopped": fit.stopped,
         "seconds": fit.seconds,
     }
 
@@ -355,17 +363,17 @@ def _tune(
         checkpoint=spec.checkpoint,
         adapter=spec.adapter,
         backbone_options=spec.backbone_options,
-        **spec.training.model_dump(),
+        **_training_options(spec),
         seed=spec.seed,
         gate="keep",
         unusable="skip",
-        verdict_unit="patients" if spec.data.group == "patient" else "series",
         folder=str(folder / TRAINING),
         progress=progress,
         trainer_kwargs=None if evaluate is None else {"callbacks": [_evaluation(evaluate, spec)]},
     )
+    histories = None if spec.training.by is None else _histories(data.test, spec)
     with _counted_not_logged():
-        predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
+        predictor = estimator.train(data.train, data.validation or None, ckpt_path="last", item_data=histories)
     # An attempt that ended after this point has left a predictor and no result.
     shutil.rmtree(folder / PREDICTOR, ignore_errors=True)
     predictor.serialize(folder / PREDICTOR)
@@ -392,6 +400,13 @@ def _tune(
 
     zero_shot = PeftPredictor(estimator.load_backbone(), seed=spec.seed, device=spec.training.device)
     return _Ensemble(predictor, zero_shot, spec.ensemble), facts
+
+
+def _histories(test: list[DataEntry], spec: TrialSpec) -> list[DataEntry]:
+    """Return test series as they are known before their first test window."""
+    steps = spec.prediction_length * spec.data.windows
+    cut = [{**entry, "target": entry["target"][..., : max(entry["target"].shape[-1] - steps, 0)]} for entry in test]
+    return [entry for entry in cut if np.isfinite(entry["target"]).any()]
 
 
 class _Ensemble(Predictor):  # type: ignore[misc]

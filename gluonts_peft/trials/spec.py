@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -22,12 +22,14 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
     model_serializer,
     model_validator,
 )
 
 from ..calibration import Calibration
+from ..deadline import parse_time_limit
 from ..errors import unknown
 from ..files import NewerFormat, check_regular, load_json, opened, parse_yaml, record, write_atomically
 from ..registry import Registry, adapters, families
@@ -287,10 +289,17 @@ class DataSpec(_Spec):
         return self
 
 
+# As people write it.
+_TIME = WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}, {"type": "null"}]})
+
+
 class TrainingSpec(_Spec):
     """How to train: the arguments of :class:`gluonts_peft.PeftEstimator` of the same names, with its defaults.
 
-    ``calibrate`` counts for zero-shot too, so that both are compared as they would be handed over.
+    ``calibrate`` counts for zero-shot too, so that both are compared as they would be handed over. A ``time_limit`` is
+    kept in seconds; what it ends is not reproducible. ``verdict_unit`` None is ``"patients"`` where ``data.group`` is
+    ``"patient"``, else ``"series"``. With ``by``, test series choose their weights by what lies before their first test
+    window.
     """
 
     max_epochs: int = Field(default=10, gt=0)
@@ -307,18 +316,40 @@ class TrainingSpec(_Spec):
     calibrate: bool = False
     device: str = "auto"
     precision: str = "auto"
+    time_limit: Annotated[float | None, _TIME] = None
+    verdict_unit: Literal["series", "patients"] | None = None
+    interpolate: bool = True
+    by: Literal["item", "patients"] | None = None
 
     @model_serializer(mode="wrap")
-    def _without_default_calibration(self, dump: Any) -> dict[str, Any]:
-        # As with DataSpec.season.
+    def _without_later_defaults(self, dump: Any) -> dict[str, Any]:
+        # Trials of earlier versions, which had no such options, keep their hash.
+        later = {"calibrate": False, "time_limit": None, "verdict_unit": None, "interpolate": True, "by": None}
         form: dict[str, Any] = dump(self)
-        return {name: value for name, value in form.items() if (name, value) != ("calibrate", False)}
+        return {name: value for name, value in form.items() if name not in later or value != later[name]}
+
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _in_seconds(cls, value: Any) -> float | None:
+        return parse_time_limit(value)
 
     @field_validator("precision")
     @classmethod
     def _known_precision(cls, value: str) -> str:
         check_precision(value)
         return value
+
+    @model_validator(mode="after")
+    def _windows_to_choose_by(self) -> TrainingSpec:
+        if self.by is not None and self.calibrate:
+            raise ValueError(f"by {self.by!r} and calibrate do not go together; leave one out")
+        if self.by is not None and self.validation_windows < 3:
+            raise ValueError(
+                f"by {self.by!r} needs validation_windows of 3 or more to choose by, not {self.validation_windows}"
+            )
+        if self.by is not None and not self.interpolate:
+            raise ValueError(f"by {self.by!r} needs weights to choose from; leave interpolate false out")
+        return self
 
 
 class TrialSpec(_Spec):
@@ -470,6 +501,8 @@ class TrialResult(_Spec):
         That of the predictor, with coverage before and after; None where none was asked for.
     trainable_parameters, epochs, steps, learning_rate
         Of the training; None for baselines that are not trained, and for trees.
+    stopped
+        ``"time_limit"`` if the clock ended the training: run again, it may give other numbers.
     seconds, seconds_forecast, seconds_total
         Of training with its validations, of forecasting the test windows, and of the trial with loading.
     peak_memory_mb
@@ -503,6 +536,7 @@ class TrialResult(_Spec):
     epochs: int | None = None
     steps: int | None = None
     learning_rate: float | None = None
+    stopped: str | None = None
     seconds: float | None = None
     seconds_forecast: float | None = None
     seconds_total: float | None = None

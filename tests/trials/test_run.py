@@ -126,16 +126,16 @@ def test_the_folder_of_another_trial_is_refused(tmp_path: Path) -> None:
 
 KILL = """
 import json, os, signal, sys
-from gluonts_peft import training
+from gluonts_peft import keeper
 from gluonts_peft.trials import TrialSpec, run_trial
 
-save = training._Keeper.on_train_epoch_end
+save = keeper.Keeper.on_train_epoch_end
 
 def die(self, trainer, module):
     save(self, trainer, module)
     os.kill(os.getpid(), signal.SIGKILL)
 
-training._Keeper.on_train_epoch_end = die
+keeper.Keeper.on_train_epoch_end = die
 run_trial(TrialSpec(**json.loads(sys.argv[1])), sys.argv[2])
 """
 
