@@ -97,8 +97,6 @@ def private_imports(path: Path) -> Iterator[str]:
 def test_no_private_name_of_another_module_is_imported() -> None:
     root = Path(__file__).parents[1]
     files = [*root.glob("gluonts_peft/**/*.py"), *root.glob("plugins/*/gluonts_peft_*/**/*.py")]
-    # Those of trials still take some from each other.
-    files = [path for path in files if path.parent.name != "trials"]
 
     assert len(files) > 80
     assert [found for path in files for found in private_imports(path)] == []

@@ -207,7 +207,7 @@ def run(trial, folder):
     (Path(folder) / f"worker-{os.getpid()}").touch()
     time.sleep(600)
 
-grid._run = run
+grid.run_cell = run
 if __name__ == "__main__":
     from gluonts_peft.processes import terminable
     study = StudySpec(base={"family": "chronos", "checkpoint": "bolt-nano", "prediction_length": 6,

@@ -417,7 +417,7 @@ def _cells(
 ) -> Generator[TrialResult, None, None]:
     import ray
 
-    from .grid import _failed
+    from .grid import failed_cell
 
     task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources["GPU"], max_retries=_RESTARTS)(_cell)
     waiting = deque(todo)
@@ -433,11 +433,11 @@ def _cells(
         try:
             yield TrialResult(**json.loads(ray.get(done)))
         except ray.exceptions.RayError as error:
-            yield _failed(trial, folder, f"its processes died {_RESTARTS + 1} times: {_last_line(error)}")
+            yield failed_cell(trial, folder, f"its processes died {_RESTARTS + 1} times: {_last_line(error)}")
 
 
 def _cell(spec: str, folder: str, cpus: float) -> str:
-    from .grid import _run
+    from .grid import run_cell
 
     quiet_worker(cpus)
-    return _run(TrialSpec(**json.loads(spec)), Path(folder)).model_dump_json()
+    return run_cell(TrialSpec(**json.loads(spec)), Path(folder)).model_dump_json()

@@ -297,16 +297,16 @@ def _check_unchanged(folder: Path, done: list[TrialResult]) -> None:
             )
 
 
-def _run(trial: TrialSpec, folder: Path) -> TrialResult:
+def run_cell(trial: TrialSpec, folder: Path) -> TrialResult:
     from .run import run_trial
 
     try:
         return run_trial(trial, trial_folder(folder, trial))
     except Exception as error:
-        return _failed(trial, folder, f"{type(error).__name__}: {error}")
+        return failed_cell(trial, folder, f"{type(error).__name__}: {error}")
 
 
-def _failed(trial: TrialSpec, folder: Path, error: str) -> TrialResult:
+def failed_cell(trial: TrialSpec, folder: Path, error: str) -> TrialResult:
     result = TrialResult(spec=trial, status="failed", error=error)
     result.write(trial_folder(folder, trial))
     return result
@@ -315,7 +315,7 @@ def _failed(trial: TrialSpec, folder: Path, error: str) -> TrialResult:
 def _serial(todo: list[TrialSpec], folder: Path, bar: _Bar) -> Generator[TrialResult, None, None]:
     for trial in todo:
         bar.show([trial])
-        yield _run(trial, folder)
+        yield run_cell(trial, folder)
 
 
 def _parallel(todo: list[TrialSpec], folder: Path, jobs: int, bar: _Bar) -> Generator[TrialResult, None, None]:
@@ -327,7 +327,7 @@ def _parallel(todo: list[TrialSpec], folder: Path, jobs: int, bar: _Bar) -> Gene
         else:
             # Nobody knows which of those that were running killed the process: each gets one of its own.
             for trial in (yield from _pool(deque([suspects.popleft()]), folder, 1, jobs, bar)):
-                yield _failed(trial, folder, "the process of the trial was killed; it may have run out of memory")
+                yield failed_cell(trial, folder, "the process of the trial was killed; it may have run out of memory")
 
 
 def _pool(
@@ -346,7 +346,7 @@ def _pool(
             # No more than can run at once, so that an interrupt leaves nothing queued behind it.
             while waiting and len(running) < workers:
                 try:
-                    running[executor.submit(_run, waiting[0], folder)] = waiting[0]
+                    running[executor.submit(run_cell, waiting[0], folder)] = waiting[0]
                 except BrokenProcessPool:
                     return list(running.values())
                 waiting.popleft()

@@ -143,7 +143,7 @@ def run_trial(
     if evaluate is not None:
         evaluate(predictor, None)
     remembered = _Remembered(predictor)
-    test = _visible(data.test, spec, spec.data, visible_context)
+    test = visible(data.test, spec, spec.data, visible_context)
     scores, windows = _score(remembered, test, spec.data)
     simpler = {f"simpler_{reason}": count for reason, count in getattr(predictor, "simpler", {}).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -156,16 +156,16 @@ def run_trial(
     for name, other in spec.also.items():
         # Data of another kind were asked for.
         further = _Remembered(predictor, **({"any_freq": True} if network else {}))
-        found_there, each = _score(further, _visible(others[name].test, spec, other, visible_context), other)
+        found_there, each = _score(further, visible(others[name].test, spec, other, visible_context), other)
         with replacing(folder / windows_file(name)) as part:
             each.to_parquet(part, index=False)
-        elsewhere |= {f"{name}/{metric}": _finite(value) for metric, value in found_there.iloc[0].items()}
+        elsewhere |= {f"{name}/{metric}": finite(value) for metric, value in found_there.iloc[0].items()}
     skipped = {f"skipped_{reason}": count for reason, count in scores.attrs["skipped"].items()}
     skipped["skipped_nothing_seen"] = len(data.test) - len(test)
     result = TrialResult(
         spec=spec,
         status="finished",
-        scores={**{str(name): _finite(value) for name, value in scores.iloc[0].items()}, **elsewhere},
+        scores={**{str(name): finite(value) for name, value in scores.iloc[0].items()}, **elsewhere},
         counts={
             **{name: scores.attrs[name] for name in ("series", "windows", "unscaled_windows", "seasonless_windows")},
             "train_series": len(data.train),
@@ -196,14 +196,14 @@ def windows_file(name: str = "") -> str:
 def _score(predictor: Predictor, test: list[DataEntry], data: DataSpec) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the scores over all windows, one row, and those of each window."""
     options: dict[str, Any] = dict(windows=data.windows, seasonality=data.season, unusable="skip")
-    with _counted_not_logged():
+    with counted_not_logged():
         scores, windows = backtest_both(predictor, test, **options)
     windows = windows.reset_index()
     windows["forecast_start"] = windows["forecast_start"].astype(str)
     return scores, windows
 
 
-def _visible(
+def visible(
     test: list[DataEntry], spec: TrialSpec, data: DataSpec, visible_context: int | None = None
 ) -> list[DataEntry]:
     """Leave out series with a window before which the model would see no value: it could not forecast that."""
@@ -322,7 +322,7 @@ def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[P
         folder=str(folder / TRAINING),
         progress=progress,
     )
-    with _counted_not_logged():
+    with counted_not_logged():
         predictor = estimator.train(data.train, data.validation or None, ckpt_path="last")
     return predictor, _training_facts(predictor) | {"counts": _skipped_counts(estimator)}
 
@@ -372,15 +372,15 @@ def _tune(
         trainer_kwargs=None if evaluate is None else {"callbacks": [_evaluation(evaluate, spec)]},
     )
     histories = None if spec.training.by is None else _histories(data.test, spec)
-    with _counted_not_logged():
+    with counted_not_logged():
         predictor = estimator.train(data.train, data.validation or None, ckpt_path="last", item_data=histories)
     # An attempt that ended after this point has left a predictor and no result.
     shutil.rmtree(folder / PREDICTOR, ignore_errors=True)
     predictor.serialize(folder / PREDICTOR)
     gate = predictor.fit.gate
     scores = {
-        "zero_shot": _finite(gate.zero_shot),
-        "tuned": _finite(gate.tuned),
+        "zero_shot": finite(gate.zero_shot),
+        "tuned": finite(gate.tuned),
         "windows": gate.windows,
         "passed": bool(gate.passed),
     }
@@ -467,7 +467,7 @@ class _Remembered(Predictor):  # type: ignore[misc]
 
 
 @contextmanager
-def _counted_not_logged() -> Iterator[None]:
+def counted_not_logged() -> Iterator[None]:
     """Keep what is left out from being said: it is in the result, and a study would say it hundreds of times."""
     logger = logging.getLogger("gluonts_peft.backtesting")
     level = logger.level
@@ -499,19 +499,19 @@ def _examples(forecasts: list[Forecast], test: list[DataEntry], errors: NDArray[
         examples.append(
             {
                 "kind": kind,
-                "MAE": _finite(errors[number]),
+                "MAE": finite(errors[number]),
                 "item_id": str(forecast.item_id),
                 "start": str(first_stamp(forecast.start_date, calendar_of(entry))),
                 "freq": start.freqstr,
-                "history": [_finite(value) for value in target[max(0, at - 2 * steps) : at]],
-                "label": [_finite(value) for value in target[at : at + steps]],
-                "quantiles": {str(q): [_finite(value) for value in forecast.quantile(q)] for q in _LEVELS},
+                "history": [finite(value) for value in target[max(0, at - 2 * steps) : at]],
+                "label": [finite(value) for value in target[at : at + steps]],
+                "quantiles": {str(q): [finite(value) for value in forecast.quantile(q)] for q in _LEVELS},
             }
         )
     return examples
 
 
-def _finite(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
@@ -543,7 +543,7 @@ def _warm_up() -> None:
     from ..training import fit  # noqa: F401
 
     start = pd.Period("2000-01-01 00:00", freq="h")
-    with _counted_not_logged():
+    with counted_not_logged():
         backtest(SeasonalNaive(1), [{"start": start, "target": np.ones(3, np.float32), "item_id": "0"}])
 
 

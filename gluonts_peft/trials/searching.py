@@ -56,7 +56,7 @@ from .records import (
     value_at,
 )
 from .space import Proposer, SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, _merged, read_record
+from .spec import SpecError, TrialResult, TrialSpec, merged, read_record
 
 if TYPE_CHECKING:
     from gluonts.model.predictor import Predictor
@@ -431,18 +431,18 @@ def _validate(
     """Return scores on the last windows of the validation part."""
     from ..backtesting import backtest, default_metrics
     from .data import load_data
-    from .run import _counted_not_logged, _finite, _visible
+    from .run import counted_not_logged, finite, visible
 
     if getattr(predictor, "calibration", None) is not None:
         # It was learnt on a part of these series, and epochs are scored without.
         predictor = copy.copy(predictor)
         predictor.calibration = None
     metrics = [metric for metric in default_metrics() if columns is None or metric(axis=None).name in columns]
-    validation = _visible(load_data(spec.data).validation, spec, spec.data, visible_context)
-    with _counted_not_logged():
+    validation = visible(load_data(spec.data).validation, spec, spec.data, visible_context)
+    with counted_not_logged():
         options: dict[str, Any] = dict(metrics=metrics, seasonality=spec.data.season, unusable="skip")
         scores = backtest(predictor, validation, windows=spec.data.windows, **options).iloc[0]
-    return {str(name): _finite(value) for name, value in scores.items()}
+    return {str(name): finite(value) for name, value in scores.items()}
 
 
 class _OutOfTime(Exception):  # noqa: N818
@@ -623,7 +623,7 @@ def _trainable(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
     quiet_worker(settings["cpus"])
     folder, scheduler = Path(settings["folder"]), settings["scheduler"]
     number = _number(tune.get_context().get_trial_name())
-    spec = TrialSpec(**_merged(json.loads(proposal["spec"]), proposal["mutable"]))
+    spec = TrialSpec(**merged(json.loads(proposal["spec"]), proposal["mutable"]))
     values = {**json.loads(proposal["values"]), **proposal["mutable"]}
     key, reported = proposal["key"], 0
     checkpoint = tune.get_checkpoint()

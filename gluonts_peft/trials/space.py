@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import unknown
-from .spec import BASELINE, SpecError, TrialSpec, _merged, _Spec, mapping_of, read_yaml
+from .spec import BASELINE, SpecError, StrictSpec, TrialSpec, mapping_of, merged, read_yaml
 
 __all__ = [
     "Proposer",
@@ -45,7 +45,7 @@ _FREE = ("title", "num_samples", "max_concurrent", "resources", "time_budget", "
 _ATTEMPTS = 100
 
 
-class Space(_Spec):
+class Space(StrictSpec):
     """The values that one option of a trial can take.
 
     Parameters
@@ -166,7 +166,7 @@ class Space(_Spec):
         return int(number) if self.is_integer else float(number)
 
 
-class SearcherSpec(_Spec):
+class SearcherSpec(StrictSpec):
     """What proposes trials.
 
     Parameters
@@ -188,7 +188,7 @@ class SearcherSpec(_Spec):
         return self
 
 
-class SchedulerSpec(_Spec):
+class SchedulerSpec(StrictSpec):
     """What stops trials early. Options are named, and preset, as those of the schedulers of ``ray.tune``.
 
     Parameters
@@ -227,7 +227,7 @@ class SchedulerSpec(_Spec):
         return self.model_dump(exclude={"name"}, exclude_none=True)
 
 
-class ResourceSpec(_Spec):
+class ResourceSpec(StrictSpec):
     """What one trial takes of a node.
 
     Parameters
@@ -242,7 +242,7 @@ class ResourceSpec(_Spec):
     gpu: float = Field(default=0, ge=0)
 
 
-class SearchSpec(_Spec):
+class SearchSpec(StrictSpec):
     """A search.
 
     Trials are chosen by backtests on the validation part of the data; on the test part they are scored once, at their
@@ -413,7 +413,7 @@ class SearchSpec(_Spec):
         SpecError
             If there is no such trial.
         """
-        form = _merged({"adapter": TrialSpec.model_fields["adapter"].default, **self.base}, values)
+        form = merged({"adapter": TrialSpec.model_fields["adapter"].default, **self.base}, values)
         if values:
             for path, space in self.space.items():
                 if path not in values and space.when:
@@ -641,7 +641,7 @@ def _overridden(form: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     for name in ("searcher", "scheduler"):
         if isinstance(form.get(name), str) and any(path.startswith(f"{name}.") for path in own):
             form[name] = {"name": form[name]}
-    return _merged({**form, "space": space, "base": _merged(form["base"], trial)}, own)
+    return merged({**form, "space": space, "base": merged(form["base"], trial)}, own)
 
 
 def search_schema() -> dict[str, Any]:

@@ -126,7 +126,7 @@ def _names(annotation: Any) -> list[str]:
     return [getattr(each, "__name__", str(each)) for each in (get_args(annotation) or (annotation,))]
 
 
-class _Spec(BaseModel):
+class StrictSpec(BaseModel):
     """Immutable, without unknown keys, and with readable errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -158,7 +158,7 @@ class _Spec(BaseModel):
         return form
 
 
-class DataSpec(_Spec):
+class DataSpec(StrictSpec):
     """Which series, and how they are divided.
 
     Parameters
@@ -293,7 +293,7 @@ class DataSpec(_Spec):
 _TIME = WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}, {"type": "null"}]})
 
 
-class TrainingSpec(_Spec):
+class TrainingSpec(StrictSpec):
     """How to train: the arguments of :class:`gluonts_peft.PeftEstimator` of the same names, with its defaults.
 
     ``calibrate`` counts for zero-shot too, so that both are compared as they would be handed over. A ``time_limit`` is
@@ -352,7 +352,7 @@ class TrainingSpec(_Spec):
         return self
 
 
-class TrialSpec(_Spec):
+class TrialSpec(StrictSpec):
     """One fine-tuning and its backtest.
 
     Parameters
@@ -474,7 +474,7 @@ class TrialSpec(_Spec):
         return " ".join([self.checkpoint, adapter, *vital, f"seed {self.seed}", *fold])
 
 
-class TrialResult(_Spec):
+class TrialResult(StrictSpec):
     """What a trial found.
 
     Parameters
@@ -581,7 +581,7 @@ class TrialResult(_Spec):
         return from_record(cls, path, remedy="; delete the file to run the trial again")
 
 
-class StudySpec(_Spec):
+class StudySpec(StrictSpec):
     """Many trials from a grid.
 
     Parameters
@@ -667,7 +667,7 @@ class StudySpec(_Spec):
         One that names ``data.folds`` and no fold of them comes once for each.
         """
         for values in itertools.product(*self.grid.values()):
-            form = _merged(self.base, dict(zip(self.grid, values, strict=True)))
+            form = merged(self.base, dict(zip(self.grid, values, strict=True)))
             data = form.get("data")
             folds = data.get("folds") if isinstance(data, dict) and data.get("fold") is None else None
             # What is no number of folds is a fault of the trial.
@@ -776,7 +776,7 @@ def read_json(path: Path, remedy: str = "") -> Any:
         raise SpecError(f"'{path}'", [f"{error}{remedy}"]) from error
 
 
-_S = TypeVar("_S", bound=_Spec)
+_S = TypeVar("_S", bound=StrictSpec)
 
 
 def from_record(kind: type[_S], path: Path, content: Any = None, remedy: str = "") -> _S:
@@ -826,7 +826,7 @@ def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None
         else:
             changes[name] = value
     try:
-        return StudySpec(**{**form, "grid": grid, "base": _merged(form["base"], changes)})
+        return StudySpec(**{**form, "grid": grid, "base": merged(form["base"], changes)})
     except SpecError as error:
         raise SpecError(f"study '{path}'", error.faults) from None
 
@@ -841,7 +841,7 @@ def describe_adapter(adapter: Any) -> str:
     return str(adapter)
 
 
-def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a deep copy of a trial's mapping with values put at dotted paths, parents before children."""
     form: dict[str, Any] = copy.deepcopy(dict(base))
     source = values.get("data.source")

@@ -88,8 +88,8 @@ def test_a_second_run_runs_only_what_is_not_finished(tmp_path: Path, monkeypatch
     lost = tmp_path / "trials" / expand(cells)[2].hash() / "result.json"
     lost.unlink()
     ran = []
-    run = grid._run
-    monkeypatch.setattr(grid, "_run", lambda trial, folder: (ran.append(trial.name()), run(trial, folder))[1])
+    run = grid.run_cell
+    monkeypatch.setattr(grid, "run_cell", lambda trial, folder: (ran.append(trial.name()), run(trial, folder))[1])
     again = run_study(cells, tmp_path, progress=False)
     assert ran == ["bolt-nano lora hr seed 0"]
     after = traces(tmp_path)
@@ -108,7 +108,7 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path, monkeyp
     assert failed.error.startswith("AdapterError: adapter c3a(block_size=7) ")
     assert TrialResult.read(tmp_path / "trials" / failed.spec.hash()) == failed
     ran = []
-    monkeypatch.setattr(grid, "_run", lambda trial, _: (ran.append(trial), failed)[1])
+    monkeypatch.setattr(grid, "run_cell", lambda trial, _: (ran.append(trial), failed)[1])
     run_study(cells, tmp_path, progress=False)
     assert ran == [failed.spec]
 
@@ -126,19 +126,19 @@ def test_workers_give_what_one_process_gives(tmp_path: Path) -> None:
 
 def test_an_interrupted_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = study(adapter=["none", "bitfit"])
-    run = grid._run
+    run = grid.run_cell
 
     def interrupted(trial: Any, folder: Path) -> TrialResult:
         if trial.adapter == "bitfit":
             raise KeyboardInterrupt
         return run(trial, folder)
 
-    monkeypatch.setattr(grid, "_run", interrupted)
+    monkeypatch.setattr(grid, "run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(cells, tmp_path, progress=False)
     before = traces(tmp_path)
     assert len(before) == 2
-    monkeypatch.setattr(grid, "_run", run)
+    monkeypatch.setattr(grid, "run_cell", run)
     assert [result.status for result in run_study(cells, tmp_path, progress=False)] == ["finished"] * 3
     assert before.items() <= traces(tmp_path).items()
 
@@ -185,7 +185,7 @@ def run(trial, folder):
 def start(threads):
     pass
 
-grid._run, grid._start_worker = run, start
+grid.run_cell, grid._start_worker = run, start
 """
 
 
