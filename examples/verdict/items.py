@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--horizon", type=int, default=6, help="hours to forecast of a stay")
     parser.add_argument("--out", type=Path, required=True, help="file for the table, in Markdown")
     options = parser.parse_args()
-    rules = ("common", "own, handed over", "own, always", "unshrunk")
+    rules = ("common", "own if proven", "own if better", "own always", "unshrunk")
     header = ("data (verdict and weight for all)", "items", "windows each", "by item", "expected", "leave", *rules)
     lines = [" | ".join(header), "|".join(["---", *["--:"] * (len(header) - 1)])]
     rows = []
