@@ -121,7 +121,6 @@ def tuned(
     data = [entries[number] for number in chosen]
     if options["shuffled"]:
         data = [{**entry, "target": rng.permutation(entry["target"])} for entry in data]
-    snapshots = _Snapshots()
     estimator = get_estimator("chronos")(
         prediction_length=horizon,
         context_length=context,
@@ -135,9 +134,16 @@ def tuned(
         device="cpu",
         progress=False,
         unusable="skip",
-        trainer_kwargs={"callbacks": [snapshots]},
     )
-    return estimator.train(data, data[:1]).backbone, snapshots.states
+    predictor, states = tuned_states(estimator, data, data[:1])
+    return predictor.backbone, states
+
+
+def tuned_states(estimator: Any, train: list[Any], validation: list[Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """Return the predictor, and the adapter's tensors at the start and after each epoch."""
+    snapshots = _Snapshots()
+    estimator.trainer_kwargs = {"callbacks": [snapshots]}
+    return estimator.train(train, validation), snapshots.states
 
 
 def scored(scorer: Scorer, backbone: Any, states: list[dict[str, Any]], before: np.ndarray) -> dict[str, np.ndarray]:
