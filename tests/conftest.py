@@ -92,7 +92,7 @@ def python() -> Callable[..., str]:
             text=True,
             cwd=cwd,
             env={**os.environ, **environment},
-            timeout=120,
+            timeout=1100,
         )
         assert result.returncode == 0, result.stderr
         return result.stdout

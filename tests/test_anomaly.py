@@ -493,7 +493,7 @@ def test_the_example_compares_models_with_baselines(
     assert ((frame["hit"] + frame["missed"]) == 1).all()
     zero_shot = frame[frame["method"].str.endswith("zero-shot")]
     assert zero_shot["roc_auc"].min() > 0.8
-    assert set(frame[frame["method"].str.endswith("LoRA")]["adapter"]) <= {"tuned", "not better"}
+    assert set(frame[frame["method"].str.endswith("LoRA")]["adapter"]) <= {"tuned", "no evidence"}
     assert capsys.readouterr().out.count("| MOMENT, LoRA |") == 3
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=280, cwd=ROOT)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=1100, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -305,4 +305,4 @@ def test_evaluate_model_gives_the_mean_of_the_functions(batch_size: int) -> None
 
 def test_importing_compiles_nothing() -> None:
     code = "import sys, gluonts_peft.metrics; sys.exit(int('numba' in sys.modules or 'torch' in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0

@@ -87,7 +87,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, tup
                 assert backbone.adapter is not None
                 backbone.adapter.detach()
     command = [sys.executable, "-c", WORKER, str(len(here)), str(folder / "sent"), str(folder / "back")]
-    subprocess.run(command, check=True, timeout=280)
+    subprocess.run(command, check=True, timeout=1100)
     found: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for (family, name, own), other in zip(here, torch.load(folder / "back"), strict=True):
         found.setdefault(family, {})[name] = (own, other)

@@ -243,7 +243,7 @@ def test_workers_of_a_study_end_with_their_driver(tmp_path: Path) -> None:
         assert len(found) == 2
         assert all(map(alive, found))
         driver.send_signal(number)
-        driver.wait(timeout=60)
+        driver.wait(timeout=600)
         deadline = time.monotonic() + 60
         while any(map(alive, found)) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -269,7 +269,7 @@ def test_a_verb_leaves_nothing_in_the_home_folder_nor_in_the_one_for_temporary_f
         env={**kept, "HOME": str(home), "TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1100,
     )
     assert result.returncode == 0, result.stderr
     assert list(home.rglob("*")) == list(temporary.rglob("*")) == []

@@ -248,7 +248,7 @@ def killed_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1100,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return root

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gluonts_peft
 from gluonts_peft import get_adapter
-from gluonts_peft.adapters import additive
+from gluonts_peft.adapters import peft as peft_adapters
 from gluonts_peft.adapters.additive import TABLE, Method, PeftAdapter
 from gluonts_peft.adapters.base import AdapterError
 from gluonts_peft.adapters.load import load_adapter
@@ -295,7 +295,7 @@ def test_a_start_that_writes_into_the_base_is_refused_whatever_it_is_called(
     start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table of options only gives the better message."""
-    monkeypatch.setattr(additive, "check_option", lambda *_: None)
+    monkeypatch.setattr(peft_adapters, "check_option", lambda *_: None)
     backbone = deepcopy(base())
     before = traits(backbone)
     with pytest.raises(AdapterError, match="changes weights of the base when it starts"):
@@ -304,7 +304,7 @@ def test_a_start_that_writes_into_the_base_is_refused_whatever_it_is_called(
 
 
 def test_what_cannot_be_folded_is_refused_whatever_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(additive, "check_option", lambda *_: None)
+    monkeypatch.setattr(peft_adapters, "check_option", lambda *_: None)
     backbone = deepcopy(base())
     before = traits(backbone)
     with pytest.raises(AdapterError, match="cannot be folded into the weights"):

@@ -30,11 +30,11 @@ from gluonts_peft.trials.cluster import ClusterError, _expected, _fits
 
 ray = pytest.importorskip("ray")
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2400)
 
 ROOT = Path(__file__).parents[2]
 MAIN = "from gluonts_peft.cli import main; main()"
-PATIENCE = 300.0
+PATIENCE = 1200.0
 BASE: dict[str, Any] = {
     "family": "chronos",
     "checkpoint": "bolt-nano",

@@ -305,10 +305,10 @@ def test_a_ranking_prints(tmp_path: Path) -> None:
     print_ranking(frame, console, limit=1)
     text = console.export_text()
     assert re.search(
-        r"rank +trial +status +validation MAE +adapter.name +training.learning_rate +test MAE +zero-shot loss +tun",
+        r"rank +trial +verdict +change +90 % interval.* validation MAE +adapter.name +training.learning_rate +test MAE",
         text,
     )
-    assert re.search(rf"1 +\d +finished +{frame['validation MAE'].iloc[0]:.4g} ", text)
+    assert re.search(rf"1 +\d +{frame['verdict'].iloc[0]} .* {frame['validation MAE'].iloc[0]:.4g} ", text)
     assert "1 more in ranking.csv" in text
 
 
@@ -576,7 +576,7 @@ def test_a_worker_reads_the_base_once_and_no_trial_changes_it(tmp_path: Path) ->
 def test_the_example_runs(tmp_path: Path) -> None:
     program = Path(__file__).parents[2] / "examples" / "search.py"
     done = subprocess.run(
-        [sys.executable, str(program), "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=280
+        [sys.executable, str(program), "--out", str(tmp_path / "out")], capture_output=True, text=True, timeout=1100
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"the next hour: (\d+, ){11}\d+$", done.stdout)
