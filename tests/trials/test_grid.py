@@ -159,7 +159,7 @@ def test_a_study_that_was_killed_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(MAIN)
     process = subprocess.Popen([sys.executable, str(script), cells.model_dump_json(), str(out), "1"])
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 1100
     while len(traces(out)) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
