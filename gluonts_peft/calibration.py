@@ -22,12 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .series.season import season_length
-from .verdict import FOLDS, LEVELS, between, keys_of, scale
+from .verdict import FOLDS, LEVELS, between, forecast_alike, history_scales, keys_of, scale, season_of, units_of
 
 if TYPE_CHECKING:
     from .backbone import Backbone
-    from .series.store import SeriesStore
     from .series.windows import LastWindows, Windows
 
 __all__ = ["LEAST_UNITS", "Calibration", "Calibrator", "learn", "require_quantiles", "set_apart"]
@@ -422,15 +420,11 @@ class Calibrator:
 
     def __init__(self, windows: LastWindows, unit: str) -> None:
         store = windows.windows.store
-        self._season = 1 if store.freq is None else season_length(store.freq)
+        self._season = season_of(store)
         self._source: Windows = windows.windows
         self._series, self._cuts = windows.series, windows.cuts
-        self._keys, self._unit = keys_of(store, windows.series, unit), unit
-        if len(set(self._keys)) == 1:
-            self._keys, self._unit = [str(position) for position in range(len(self._keys))], "windows"
-        self._scales = np.stack(
-            [_scale_before(store, *each, self._season) for each in zip(self._series, self._cuts, strict=True)]
-        )
+        self._keys, self._unit = units_of(keys_of(store, windows.series, unit), unit)
+        self._scales = history_scales(store, self._series, self._cuts)
         good: NDArray[np.bool_] = np.asarray((self._scales > 0).any(axis=1))
         count = len({key for key, kept in zip(self._keys, good, strict=True) if kept})
         if count < LEAST_UNITS:
@@ -466,19 +460,7 @@ class Calibrator:
         )
 
 
-def _scale_before(store: SeriesStore, series: int, cut: int, season: int) -> Floats:
-    return scale(store.series(series)[:cut].reshape(cut, -1)[:, : store.layout.target], season)
-
-
 def _forecast(backbone: Backbone, batch: Mapping[str, Any]) -> tuple[NDArray[Any], tuple[float, ...] | None]:
-    import torch
-
     with backbone.reading() as reader:
-        past = {
-            name: torch.as_tensor(value).to(reader.device)
-            for name, value in batch.items()
-            if not name.startswith("future_")
-        }
-        generator = torch.Generator(device=reader.device).manual_seed(0)
-        found = reader.forecast(past, generator=generator)
+        found = forecast_alike(reader, batch)
     return found.values.double().cpu().numpy(), found.levels

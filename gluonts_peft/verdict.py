@@ -15,7 +15,7 @@ The words, and what makes them true, are those of :mod:`gluonts_peft.words`, in 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +46,15 @@ __all__ = [
     "choose",
     "cross_fit",
     "flip_test",
+    "forecast_alike",
+    "history_scales",
     "judge",
     "keys_of",
     "quantile_scores",
     "scale",
+    "season_of",
     "unit_key",
+    "units_of",
 ]
 
 #: What may be counted.
@@ -431,19 +435,11 @@ class Judge:
         first: dict[int, int] = {}
         for series, cut in zip(windows.series.tolist(), windows.cuts.tolist(), strict=True):
             first[series] = min(cut, first.get(series, cut))
-        season = 1 if store.freq is None else season_length(store.freq)
-        target = store.layout.target
-        series, self._cuts = windows.series[chosen], windows.cuts[chosen]
-        scales = {
-            number: scale(store.series(number)[: first[number]].reshape(first[number], -1)[:, :target], season)
-            for number in set(series.tolist())
-        }
-        self._scales = np.stack([scales[number] for number in series.tolist()])
-        self._series, self._source = series, windows.windows
-        self._keys = [keys[position] for position in chosen]
-        self.unit = unit
-        if len(set(self._keys)) == 1 and len(self._keys) > 1:
-            self._keys, self.unit = [str(position) for position in range(len(self._keys))], "windows"
+        self._series, self._cuts = windows.series[chosen], windows.cuts[chosen]
+        numbers, places = np.unique(self._series, return_inverse=True)
+        self._scales = history_scales(store, numbers, [first[number] for number in numbers.tolist()])[places]
+        self._source = windows.windows
+        self._keys, self.unit = units_of([keys[position] for position in chosen], unit)
         self._batches: list[Mapping[str, Any]] | None = None
         self._good: NDArray[np.bool_] | None = None
         self._before: list[float] = []
@@ -506,17 +502,8 @@ class Judge:
         return self._source.read(self._series[part], self._cuts[part])
 
     def _forecast(self, backbone: Backbone, batch: Mapping[str, Any]) -> Trajectories:
-        import torch
-
-        past = {
-            name: torch.as_tensor(value).to(backbone.device)
-            for name, value in batch.items()
-            if not name.startswith("future_")
-        }
         with backbone.inference():
-            # The same random numbers for all models, so that they differ by their weights alone.
-            generator = torch.Generator(device=backbone.device).manual_seed(0)
-            return backbone.forecast(past, num_samples=_SAMPLES, generator=generator)
+            return forecast_alike(backbone, batch, num_samples=_SAMPLES)
 
     def _rows(self, backbone: Backbone) -> Floats:
         """Return the score of each task and window."""
@@ -567,6 +554,41 @@ def keys_of(store: SeriesStore, series: NDArray[np.int64], unit: str) -> list[st
     if unit == "patients":
         return [unit_key(store.item_ids[number], unit) for number in series]
     return [str(number) for number in series]
+
+
+def units_of(keys: list[str], unit: str) -> tuple[list[str], str]:
+    """Return the units of windows, and what they are: the windows of a single unit are units themselves."""
+    if len(set(keys)) == 1 and len(keys) > 1:
+        return [str(position) for position in range(len(keys))], "windows"
+    return keys, unit
+
+
+def season_of(store: SeriesStore) -> int:
+    """Return the steps of a season of the data, 1 if they have no frequency."""
+    return 1 if store.freq is None else season_length(store.freq)
+
+
+def history_scales(store: SeriesStore, series: Iterable[int], cuts: Iterable[int]) -> Floats:
+    """Return what errors are measured in, by what lies before each cut, shape ``(cuts, dimensions)``.
+
+    See :func:`gluonts_peft.scores.scale`.
+    """
+    season, target = season_of(store), store.layout.target
+    pairs = zip(series, cuts, strict=True)
+    return np.stack([scale(store.series(each)[:cut].reshape(cut, -1)[:, :target], season) for each, cut in pairs])
+
+
+def forecast_alike(backbone: Backbone, batch: Mapping[str, Any], num_samples: int | None = None) -> Trajectories:
+    """Forecast windows with the same random numbers for all models, so that they differ by their weights alone."""
+    import torch
+
+    past = {
+        name: torch.as_tensor(value).to(backbone.device)
+        for name, value in batch.items()
+        if not name.startswith("future_")
+    }
+    generator = torch.Generator(device=backbone.device).manual_seed(0)
+    return backbone.forecast(past, num_samples=num_samples, generator=generator)
 
 
 def _spread(keys: Sequence[str], most: int) -> list[int]:

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from models import mixed, tuned_states
+from models import losses, tuned_states
 from rich.console import Console
 from rich.table import Table
 
 from gluonts_peft import get_estimator
+from gluonts_peft.keeper import mixed
 from gluonts_peft.series.store import SeriesStore
 from gluonts_peft.series.windows import Windows
-from gluonts_peft.training import to_device
-from gluonts_peft.verdict import LEVELS, quantile_scores, scale
+from gluonts_peft.verdict import Judge
 
 HORIZON, CONTEXT, DAYS = 24, 336, 120
 MONTH = 720
@@ -55,28 +55,18 @@ class Months:
     def __init__(self, entries: list[dict[str, Any]]) -> None:
         store = SeriesStore.from_dataset(entries)
         windows = Windows(store, context_length=CONTEXT, prediction_length=HORIZON, min_context=CONTEXT)
-        last = windows.last(windows=DAYS, max_windows=DAYS * len(entries))
-        self.cuts, self.batches = last.cuts, list(last)
-        first = last.cuts.min()
-        self.scales = np.stack([scale(store.series(series)[:first], 24) for series in last.series])
+        self.windows = windows.last(windows=DAYS, max_windows=DAYS * len(entries))
+        self.judge = Judge(self.windows, every=True)
 
     def loss(self, backbone: Any) -> float:
-        with backbone.inference():
-            parts = [backbone.loss(to_device(batch, backbone.device)).double() for batch in self.batches]
-        return float(np.concatenate([part.numpy() for part in parts]).mean())
+        return float(losses(backbone, self.windows).mean())
 
-    def score(self, backbone: Any) -> np.ndarray:
-        """Return the scaled quantile loss of each day, over all channels."""
-        rows, begin = [], 0
-        with backbone.inference():
-            for batch in self.batches:
-                past = {name: value for name, value in batch.items() if not name.startswith("future_")}
-                values = backbone.forecast(to_device(past, backbone.device)).values.double().numpy()
-                scales, begin = self.scales[begin : begin + len(values)], begin + len(values)
-                label, seen = np.asarray(batch["future_target"]), np.asarray(batch["future_observed_values"])
-                rows.append(quantile_scores(values, LEVELS, label, seen, scales))
-        days = np.unique(self.cuts, return_inverse=True)[1]
-        scores: np.ndarray = np.bincount(days, np.concatenate(rows)) / np.bincount(days)
+    def score(self, backbone: Any, *, first: bool = False) -> np.ndarray:
+        """Return the scaled quantile loss of each day, over all channels; zero-shot comes first."""
+        if first:
+            self.judge.start(backbone)
+        days = np.unique(self.windows.cuts, return_inverse=True)[1]
+        scores: np.ndarray = np.bincount(days, self.judge.by_window(backbone)) / np.bincount(days)
         return scores
 
 
@@ -97,7 +87,7 @@ def main() -> None:
     options = parser.parse_args()
     validation, test = Months(channels(options.data, 16)), Months(channels(options.data, 20))
     base = get_estimator("chronos")(HORIZON, CONTEXT, checkpoint="bolt-nano").load_backbone()
-    base_loss, before = validation.loss(base), test.score(base)
+    base_loss, before = validation.loss(base), test.score(base, first=True)
     table = Table(title="ETTh1, horizon 24: changes against zero-shot, scaled quantile loss")
     for column in ("model", "tuned: test", "real?", "gate of 0.1", "verdict", "handed over: test"):
         table.add_column(column, justify="left" if column in ("model", "verdict") else "right")
@@ -121,11 +111,11 @@ def main() -> None:
             )
             predictor, states = tuned_states(estimator, channels(options.data, 12), channels(options.data, 16))
             backbone, verdict = predictor.backbone, predictor.verdict
-            losses = []
+            found = []
             for state in states[1:]:
                 backbone.adapter.load_state_dict(state)
-                losses.append(validation.loss(backbone))
-            best = int(np.argmin(losses))
+                found.append(validation.loss(backbone))
+            best = int(np.argmin(found))
             backbone.adapter.load_state_dict(states[1 + best])
             change = 100 * (test.score(backbone) - before) / before.mean()
             handed = 0.0
@@ -133,7 +123,7 @@ def main() -> None:
                 backbone.adapter.load_state_dict(mixed(states[0], states[1 + verdict.epoch], verdict.weight))
                 handed = float(100 * (test.score(backbone) - before).mean() / before.mean())
             low, high = interval(change)
-            passed = losses[best] < base_loss
+            passed = found[best] < base_loss
             if high < 0:
                 for rule, kept in (("verdict", verdict.helped), ("gate of 0.1", passed)):
                     real[rule][0] += not kept
@@ -142,7 +132,7 @@ def main() -> None:
                 f"{name}, seed {seed}",
                 f"{change.mean():+.2f} ({low:+.2f} to {high:+.2f}) %",
                 "gain" if high < 0 else "loss" if low > 0 else "",
-                f"{100 * (losses[best] / base_loss - 1):+.2f} %, {'passed' if passed else 'rejected'}",
+                f"{100 * (found[best] / base_loss - 1):+.2f} %, {'passed' if passed else 'rejected'}",
                 str(verdict).replace("scaled quantile loss ", "").replace(" against zero-shot", ""),
                 f"{handed:+.2f} %",
             )

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from models import mixed, pools, tuned
+from models import pools, tuned
 
 from gluonts_peft.items import choose_by_unit, judge_items
+from gluonts_peft.keeper import mixed
 from gluonts_peft.series.store import SeriesStore
 from gluonts_peft.series.windows import Windows
 from gluonts_peft.verdict import Candidate, Judge, judge

@@ -8,7 +8,7 @@ that it was not tuned on: after each epoch, at weights between zero-shot and tun
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 
 from gluonts_peft import get_adapter, get_estimator
 from gluonts_peft.data import split_by_item
+from gluonts_peft.keeper import mixed as interpolated
 from gluonts_peft.series.store import SeriesStore
 from gluonts_peft.series.windows import Windows
 from gluonts_peft.training import to_device
@@ -75,9 +76,7 @@ class Scorer:
         return np.concatenate(parts)
 
     def loss(self, backbone: Any) -> np.ndarray:
-        with backbone.inference():
-            parts = [backbone.loss(to_device(batch, backbone.device)).double().numpy() for batch in self.batches]
-        return np.concatenate(parts)
+        return losses(backbone, self.batches)
 
     def score(self, forecast: np.ndarray) -> np.ndarray:
         """Return scaled quantile loss, summed quantile loss and summed size of each window."""
@@ -90,12 +89,15 @@ class Scorer:
         return np.stack([quantile_scores(forecast, LEVELS, label, seen, self.scales), losses, sizes])
 
 
-def mixed(start: Mapping[str, Any], end: Mapping[str, Any], weight: float, only: str = "") -> dict[str, Any]:
+def losses(backbone: Any, batches: Iterable[Any]) -> np.ndarray:
+    """Return the family's loss of each window."""
+    with backbone.inference():
+        return np.concatenate([backbone.loss(to_device(batch, backbone.device)).double().numpy() for batch in batches])
+
+
+def mixed(start: Mapping[str, Any], end: Mapping[str, Any], weight: float, only: str) -> dict[str, Any]:
     """Return tensors between two states; those whose name lacks `only` are taken from the end."""
-    return {
-        name: torch.lerp(start[name], tensor, weight) if only in name and tensor.is_floating_point() else tensor
-        for name, tensor in end.items()
-    }
+    return {**end, **{name: each for name, each in interpolated(start, end, weight).items() if only in name}}
 
 
 class _Snapshots(Callback):  # type: ignore[misc]

@@ -28,6 +28,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..files import write_atomically
+from ..scores import LEVELS
 from .grid import expand, read_study, trial_folder
 from .sections import Section
 from .spec import SpecError, TrialResult, read_json
@@ -51,7 +52,6 @@ FEV_VERSION = "0.9.0"
 _CLIP = (1e-2, 1e2)
 _LEVEL = 0.95
 _RESAMPLES, _SEED = 1000, 123
-_QUANTILES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 #: Names of fev, and the scores behind them.
 _FEV_METRICS = {
     "MAE": METRICS["MAE"],
@@ -262,7 +262,7 @@ def _task(data: str, rows: Sequence[Row], folder: Path) -> dict[str, Any]:
         "seasonality": spec.data.season or _season(results, folder),
         "eval_metric": JUDGE,
         "extra_metrics": str([name for name in _FEV_METRICS if name != JUDGE]),
-        "quantile_levels": str(_QUANTILES),
+        "quantile_levels": str(list(LEVELS)),
         "id_column": "item_id",
         "timestamp_column": "timestamp",
         "target": "target",
