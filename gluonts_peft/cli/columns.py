@@ -40,7 +40,7 @@ class Columns:
 
     def read(self, path: Path, **changes: Any) -> list[dict[str, Any]]:
         """Read a dataset; ``changes`` are arguments of `read_dataset`."""
-        from .series.table import read_dataset
+        from ..series.table import read_dataset
 
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         ignore = list(self.ignore or ()) + list(changes.pop("also_ignore", ()))
