@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from models import MIXTURES, WEIGHTS
 
 from gluonts_peft.verdict import Candidate, judge
+
+Choice = Callable[[np.ndarray, np.ndarray, int], int]
 
 SIZES = (5, 20, 100, 300)
 #: Share of zero-shot's weighted quantile loss that could have been saved, in per cent, for a model to count as good.
@@ -116,3 +118,94 @@ def table(folder: Path, draws: int) -> tuple[list[str], dict[tuple[str, str, int
                 lines.append(line if nulls else f"{line} | |")
                 print(lines[-1], flush=True)  # noqa: T201
     return lines, numbers
+
+
+def lower(steps: int) -> Choice:
+    """Take a weight so many steps below the one of the lowest mean."""
+    return lambda zero, scores, best: best - min(steps, best % len(WEIGHTS))
+
+
+def lower_by_few(zero: np.ndarray, scores: np.ndarray, best: int) -> int:
+    """Take a weight one step below, two with fewer than 40 series: the verdict's own choice."""
+    return lower(2 if len(zero) < 40 else 1)(zero, scores, best)
+
+
+def within_error(share: float) -> Choice:
+    """Take the lowest weight that is not worse than the best by more than a share of their difference's error."""
+
+    def choose(zero: np.ndarray, scores: np.ndarray, best: int) -> int:
+        excess = scores[best - best % len(WEIGHTS) : best + 1] - scores[best]
+        allowed = share * excess.std(axis=1, ddof=1) / np.sqrt(len(zero))
+        return best - best % len(WEIGHTS) + int((excess.mean(axis=1) <= allowed).argmax())
+
+    return choose
+
+
+def shrunk(zero: np.ndarray, scores: np.ndarray, best: int) -> int:
+    """Shrink the weight by how much of the gain may be chance: 1 less its squared relative error."""
+    gains = zero - scores[best]
+    relative = gains.std(ddof=1) / np.sqrt(len(gains)) / max(gains.mean(), 1e-12)
+    wanted = WEIGHTS[best % len(WEIGHTS)] * max(0.0, 1.0 - relative**2)
+    return best - best % len(WEIGHTS) + int(np.abs(np.array(WEIGHTS) - wanted).argmin())
+
+
+def lower_unless_certain(zero: np.ndarray, scores: np.ndarray, best: int) -> int:
+    """Choose as the verdict does, but the best itself where its gain is more than two and a half times its error."""
+    gains = zero - scores[best]
+    certain = gains.mean() > 2.5 * gains.std(ddof=1) / np.sqrt(len(gains))
+    return best if certain else lower_by_few(zero, scores, best)
+
+
+#: Ways to go from the candidate of the lowest mean to the one that is handed over; the epoch stays.
+CHOICES: dict[str, Choice] = {
+    "the best": lower(0),
+    "one step lower": lower(1),
+    "one step lower, two with fewer than 40 (the verdict)": lower_by_few,
+    "the same, but the best where its gain is certain": lower_unless_certain,
+    "lowest within half an error of the best": within_error(0.5),
+    "lowest within an error of the best": within_error(1.0),
+    "shrunk by its error": shrunk,
+}
+#: Numbers of series for the comparison of choices, and the change in per cent from which a model has much to give.
+CHOICE_SIZES, MUCH = (5, 20, 69, 300), 1.5
+
+
+def choices_table(folder: Path, draws: int) -> list[str]:
+    """Return a Markdown table of ways to choose the weight, each handed over where it helps cross-fitted."""
+    found = list(models(folder, MIXTURES[0], null=False))
+    heads = " | ".join(f"n = {size}" for size in CHOICE_SIZES)
+    lines = [f"| weight | {heads} |", "|---|" + "---|" * len(CHOICE_SIZES)]
+    for name, choice in CHOICES.items():
+        cells = []
+        for size in CHOICE_SIZES:
+            effects, much = [], []
+            for number, model in enumerate(found):
+                for repeat in range(draws):
+                    windows = np.random.default_rng([number, size, repeat]).permutation(len(model.zero))[:size]
+                    chosen = _handed_over(choice, model.zero[windows], model.scores[:, windows])
+                    effects.append(0.0 if chosen is None else float(model.unseen[chosen]))
+                    if model.unseen.min() < -MUCH:
+                        much.append(effects[-1])
+            worse = 100 * np.mean(np.array(effects) > 0)
+            cells.append(f"{np.mean(effects):+.2f} %, {worse:.0f} % worse, {np.mean(much):+.2f} %")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(lines[-1], flush=True)  # noqa: T201
+    return lines
+
+
+def _handed_over(choice: Choice, zero: np.ndarray, scores: np.ndarray) -> int | None:
+    """Return the candidate that is handed over by a way of choosing, None for zero-shot."""
+
+    def chosen(units: np.ndarray) -> int | None:
+        best = int(scores[:, units].mean(axis=1).argmin())
+        better = scores[best, units].mean() < zero[units].mean()
+        return choice(zero[units], scores[:, units], best) if better else None
+
+    count = len(zero)
+    part = np.random.default_rng(0).permutation(np.arange(count) % min(5, count))
+    change = 0.0
+    for fold in range(min(5, count)):
+        candidate = chosen(np.flatnonzero(part != fold))
+        if candidate is not None:
+            change += (scores[candidate] - zero)[part == fold].sum()
+    return chosen(np.arange(count)) if change < 0 else None

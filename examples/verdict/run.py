@@ -1,6 +1,6 @@
 """Measure what a verdict is worth: tune, perturb, draw few series again and again, and score on unseen patients.
 
-Takes about 20 minutes on two cores; the scores of a vital sign are kept in OUT and not computed again.
+Takes 10 to 20 minutes on two cores; the scores of a vital sign are kept in OUT and not computed again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from models import MIXTURES, make
-from rules import RULES, SIZES, table
+from rules import RULES, SIZES, choices_table, table
 
 
 def main() -> None:
@@ -30,6 +30,7 @@ def main() -> None:
         for job in jobs:
             job.result()
     lines, found = table(options.out, options.draws)
+    lines += ["", *choices_table(options.out, options.draws)]
     (options.out / "verdict.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     old, new = RULES[0], RULES[2]
     for size in SIZES:
