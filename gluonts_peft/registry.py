@@ -60,6 +60,7 @@ class Registry:
         self.kind = kind
         self.group = group
         self._loaded: dict[str, Any] = {}
+        self._known: set[str] = set()
 
     def __repr__(self) -> str:
         return f"Registry({self.kind!r}, {self.names()})"
@@ -81,6 +82,21 @@ class Registry:
     def names(self) -> list[str]:
         """Return all names, sorted. Loads nothing."""
         return sorted(self._entry_points())
+
+    def knows(self, name: str) -> bool:
+        """Whether an object has that name. Loads nothing.
+
+        Names that were there once are remembered, since reading the metadata of all distributions takes long next to
+        the check of a spec; after an uninstallation in this process, :meth:`forget`.
+        """
+        if name not in self._known:
+            self._known = set(self.names())
+        return name in self._known
+
+    def forget(self) -> None:
+        """Forget what was loaded and known, where distributions come or go while the process runs."""
+        self._loaded.clear()
+        self._known.clear()
 
     def describe(self) -> list[Entry]:
         """Return all entries with their distributions. Loads nothing."""

@@ -902,7 +902,7 @@ def test_failed_trials_exit_1_after_the_report(trials: list[Any], monkeypatch: p
 
 
 def test_demo_on_real_data_is_a_study_that_can_be_used(trials: list[Any], tmp_path: Path) -> None:
-    from gluonts_peft.trials.spec import load_study
+    from gluonts_peft.trials.studyspec import load_study
 
     spec = tmp_path / "demo.yaml"
     spec.write_text(SPEC)

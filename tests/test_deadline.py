@@ -25,7 +25,8 @@ from gluonts_peft.cli import app
 from gluonts_peft.deadline import Deadline, parse_time_limit, spelled
 from gluonts_peft.training import TrainingOptions
 from gluonts_peft.trials import TrialSpec, run_trial
-from gluonts_peft.trials.spec import SpecError, TrainingSpec
+from gluonts_peft.trials.spec import TrainingSpec
+from gluonts_peft.trials.strict import SpecError
 from gluonts_peft.verdict import Judge
 
 DATA = [

@@ -26,7 +26,8 @@ from gluonts_peft.registry import families
 from gluonts_peft.resume import read_checkpoint
 from gluonts_peft.trials import load_study
 from gluonts_peft.trials.records import Journal, Record, read_search
-from gluonts_peft.trials.spec import SpecError, TrialResult
+from gluonts_peft.trials.spec import TrialResult
+from gluonts_peft.trials.strict import SpecError
 
 STORED = Path(__file__).parent / "stored" / "0.1.0"
 HOSTILE = [None, True, -1, 0, 10**9, 10**30, 1.5, math.nan, math.inf, "12", "", "(a+)+$", [], [1], {}, {"a": 1}, [[]]]

@@ -22,7 +22,8 @@ from gluonts_peft.items import Items, choose_by_unit, cross_fit_by_unit, judge_i
 from gluonts_peft.keeper import mixed
 from gluonts_peft.predictor import PredictorError
 from gluonts_peft.trials import TrialSpec, run_trial
-from gluonts_peft.trials.spec import SpecError, TrainingSpec
+from gluonts_peft.trials.spec import TrainingSpec
+from gluonts_peft.trials.strict import SpecError
 
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 

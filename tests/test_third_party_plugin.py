@@ -60,6 +60,7 @@ def on_path(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.setattr(families, "_loaded", dict(families._loaded))
+        patch.setattr(families, "_known", set(families._known))
         yield
     for name in ("gluonts_peft_fracast", "gluonts_peft_broken"):
         sys.modules.pop(name, None)

@@ -69,7 +69,7 @@ def backtest(
         if not out.parent.is_dir():
             raise FileNotFoundError(f"the folder of --out {out} does not exist; make it first")
     check_model(model, family, horizon, context)
-    from ..trials.spec import STATISTICAL, missing_package
+    from ..trials.baselinespec import STATISTICAL, missing_package
 
     for name in baseline or ():
         one_of("baseline", name, STATISTICAL)

@@ -95,7 +95,8 @@ def demo(
 
 def _installed_baselines(spec: Path) -> dict[str, Any]:
     """Return what leaves those baselines of a study out whose package is not installed; say which these are."""
-    from ..trials.spec import missing_package, read_yaml
+    from ..trials.baselinespec import missing_package
+    from ..trials.reading import read_yaml
 
     named = read_yaml(spec, "study", "base, grid, baselines and title").get("baselines") or []
     # What is wrong with them is said by the study itself.

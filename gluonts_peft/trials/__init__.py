@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cluster import ClusterError, on_ray
     from .data import load_data
+    from .dataspec import DataSpec
     from .grid import estimate, expand, run_study
     from .leaderboards import export_fev, fev_summaries, leaderboard
     from .records import print_ranking, ranking
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from .run import run_trial
     from .searching import search
     from .space import SearchSpec, load_search, search_schema
-    from .spec import DataSpec, SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, load_study
+    from .spec import TrainingSpec, TrialResult, TrialSpec
+    from .strict import SpecError
+    from .studyspec import StudySpec, load_study
 
 _HOME = {
     "ClusterError": "cluster",
@@ -36,9 +39,9 @@ _HOME = {
     "ranking": "records",
     "search": "searching",
     "search_schema": "space",
-    "DataSpec": "spec",
-    "SpecError": "spec",
-    "StudySpec": "spec",
+    "DataSpec": "dataspec",
+    "SpecError": "strict",
+    "StudySpec": "studyspec",
     "TrainingSpec": "spec",
     "TrialResult": "spec",
     "TrialSpec": "spec",
@@ -49,7 +52,7 @@ _HOME = {
     "leaderboard": "leaderboards",
     "load_data": "data",
     "load_results": "report",
-    "load_study": "spec",
+    "load_study": "studyspec",
     "print_table": "report",
     "run_study": "grid",
     "run_trial": "run",

@@ -36,7 +36,7 @@ from ..backbone import Backbone, Source, Trajectories
 from ..backtesting import QUANTILE_LEVELS
 from ..errors import unknown
 from ..estimator import PeftEstimator
-from .spec import BASELINE, TRAINED
+from .baselinespec import BASELINE, TRAINED
 
 __all__ = ["BaselineEstimator"]
 

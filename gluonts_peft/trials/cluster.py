@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import write_atomically
 from ..processes import keeping_handler, scratch
+from .baselinespec import BASELINE
 from .identity import base_fingerprint
-from .spec import BASELINE, SpecError, TrialResult, TrialSpec
+from .spec import TrialResult, TrialSpec
+from .strict import SpecError
 
 if TYPE_CHECKING:
     from .grid import Executor
@@ -333,7 +335,7 @@ def _probe(probes: str, mark: str, node: str, expected_text: str) -> list[str]:
     if faults:
         return faults
     from .data import load_data
-    from .spec import DataSpec
+    from .dataspec import DataSpec
 
     for text, fingerprint in expected["data"]:
         data = DataSpec(**json.loads(text))

@@ -18,7 +18,7 @@ from ..synthetic import sample_series
 from ..vitals import load_hourly, patient_of, simulate_vitals
 from ..vitals.hourly import hourly_units
 from ..vitals.output import WHOLE, find_manifest
-from .spec import DataSpec
+from .dataspec import DataSpec
 
 __all__ = ["Data", "deal", "load_data"]
 

@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING, Any
 from ..files import foreign, locked, record, write_atomically
 from ..processes import end_with_parent, end_workers
 from .identity import base_fingerprints, trial_folder
-from .spec import SpecError, StudySpec, TrialResult, TrialSpec, from_record, read_record
+from .reading import from_record, read_record
+from .spec import TrialResult, TrialSpec
+from .strict import SpecError
+from .studyspec import StudySpec
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -13,7 +13,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..files import check_regular
-from .spec import BASELINE, RESULT, SpecError, TrialResult, TrialSpec
+from .baselinespec import BASELINE
+from .spec import RESULT, TrialResult, TrialSpec
+from .strict import SpecError
 
 __all__ = ["base_fingerprint", "base_fingerprints", "read_scores", "trial_folder"]
 

@@ -30,8 +30,10 @@ from numpy.typing import NDArray
 from ..files import write_atomically
 from ..scores import LEVELS
 from .grid import expand, read_study, trial_folder
+from .reading import read_json
 from .sections import Section
-from .spec import SpecError, TrialResult, read_json
+from .spec import TrialResult
+from .strict import SpecError
 from .tables import BASELINES, JUDGE, METRICS, ZERO_SHOT, Row, as_float, load_results, pooled, rows_of
 
 __all__ = [

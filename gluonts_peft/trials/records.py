@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from ..files import NewerFormat, as_integer, record, typed, write_atomically
+from .reading import from_record, read_json, read_record
 from .space import SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, describe_adapter, from_record, read_json, read_record
+from .spec import TrialResult, TrialSpec, describe_adapter
+from .strict import SpecError
 
 if TYPE_CHECKING:
     from rich.console import Console

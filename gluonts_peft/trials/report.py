@@ -19,6 +19,7 @@ from ..words import PROVEN, WORDS
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
 from .grid import expand, read_study, trial_folder
 from .leaderboards import leaderboard_section
+from .reading import read_json
 from .sections import (
     PLURAL,
     Section,
@@ -31,8 +32,9 @@ from .sections import (
     sections_of,
     tests_of,
 )
-from .spec import StudySpec, TrialResult, TrialSpec, read_json
+from .spec import TrialResult, TrialSpec
 from .statistical import SIMPLER
+from .studyspec import StudySpec
 from .tables import (
     ADAPTER,
     BASELINES,

@@ -34,19 +34,10 @@ from ..series.calendar import calendar_of, first_stamp
 from ..series.entries import UnusableWarning
 from ..series.season import season_length
 from ..series.table import DataEntry
+from .baselinespec import BASELINE, BOOSTED, NAIVE, PACKAGES, STATISTICAL, TRAINED, missing_package
 from .data import Data, load_data
-from .spec import (
-    BASELINE,
-    BOOSTED,
-    NAIVE,
-    PACKAGES,
-    STATISTICAL,
-    TRAINED,
-    DataSpec,
-    TrialResult,
-    TrialSpec,
-    missing_package,
-)
+from .dataspec import DataSpec
+from .spec import TrialResult, TrialSpec
 
 if TYPE_CHECKING:
     from ..estimator import PeftEstimator

@@ -36,6 +36,7 @@ from .cluster import (
     whereabouts,
 )
 from .identity import base_fingerprints
+from .reading import read_record
 from .records import (
     BEST,
     FAILED,
@@ -56,7 +57,8 @@ from .records import (
     value_at,
 )
 from .space import Proposer, SearchSpec, metric_columns
-from .spec import SpecError, TrialResult, TrialSpec, merged, read_record
+from .spec import TrialResult, TrialSpec, merged
+from .strict import SpecError
 
 if TYPE_CHECKING:
     from gluonts.model.predictor import Predictor

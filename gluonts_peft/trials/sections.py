@@ -11,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..words import LEAST_CHANGE, LEAST_UNITS, LEVEL
+from .baselinespec import BASELINE
 from .figures import Curve
 from .grid import trial_folder
 from .identity import read_scores
 from .run import WINDOWS
-from .spec import BASELINE, TrialSpec, describe_adapter
+from .spec import TrialSpec, describe_adapter
 from .statistics import compare, mean_ranks, p_value, patient_errors
 from .tables import (
     ADAPTER,

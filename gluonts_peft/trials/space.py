@@ -20,7 +20,10 @@ from typing import Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from ..errors import unknown
-from .spec import BASELINE, SpecError, StrictSpec, TrialSpec, mapping_of, merged, read_yaml
+from .baselinespec import BASELINE
+from .reading import mapping_of, read_yaml
+from .spec import TrialSpec, merged
+from .strict import SpecError, StrictSpec
 
 __all__ = [
     "Proposer",

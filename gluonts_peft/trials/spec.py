@@ -1,4 +1,4 @@
-"""What a trial and a study are, as plain data: read from YAML, checked at once, and put into a normal form.
+"""What a trial is and what it found, as plain data: checked at once, and put into a normal form.
 
 Equal trials are equal data: defaults are filled in, options without effect are refused or reset, and a spec's
 :meth:`TrialSpec.hash` is the name of its folder. Nothing here imports torch.
@@ -8,285 +8,35 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, WithJsonSchema, field_validator, model_serializer, model_validator
 
 from ..calibration import Calibration
 from ..deadline import parse_time_limit
 from ..errors import unknown
-from ..files import NewerFormat, check_regular, load_json, opened, parse_yaml, record, write_atomically
+from ..files import opened, record, write_atomically
+from ..moved import moved
 from ..registry import Registry, adapters, families
 from ..trainer_kwargs import check_precision
 from ..verdict import Verdict
+from .baselinespec import BASELINE, BOOSTED, NAIVE, TRAINED, check_baseline
+from .dataspec import OWN_OPTIONS, DataSpec
+from .reading import from_record
+from .strict import SpecError, StrictSpec, with_options
 
-__all__ = [
-    "BASELINE",
-    "BOOSTED",
-    "FROM_SCRATCH",
-    "NAIVE",
-    "PACKAGES",
-    "STATISTICAL",
-    "TRAINED",
-    "DataSpec",
-    "SpecError",
-    "StudySpec",
-    "TrainingSpec",
-    "TrialResult",
-    "TrialSpec",
-    "describe_adapter",
-    "load_study",
-    "missing_package",
-]
+__all__ = ["RESULT", "SHARED_TRAINING", "TrainingSpec", "TrialResult", "TrialSpec", "describe_adapter", "merged"]
 
-BASELINE = "baseline"
 RESULT = "result.json"
 
-Naive = Literal["seasonal_naive", "last_value"]
-Statistical = Literal["auto_ets", "auto_theta"]
-Boosted = Literal["lightgbm"]
-Trained = Literal["deepar", "patch_tst", "simple_feedforward", "tft", "nbeats", "nhits"]
-Source = Literal["simulated", "hourly", "file", "synthetic"]
-
-#: Baselines that repeat values, that are fitted to the history of each window, trees, and networks from scratch.
-NAIVE: tuple[str, ...] = get_args(Naive)
-STATISTICAL: tuple[str, ...] = get_args(Statistical)
-BOOSTED: tuple[str, ...] = get_args(Boosted)
-TRAINED: tuple[str, ...] = get_args(Trained)
-_BASELINES = NAIVE + STATISTICAL + BOOSTED + TRAINED
-
-#: What a baseline needs beside this package, all of it in the extra ``baselines``.
-PACKAGES = {
-    **dict.fromkeys(STATISTICAL, "statsforecast"),
-    **dict.fromkeys(BOOSTED, "lightgbm"),
-    **dict.fromkeys(("nbeats", "nhits"), "neuralforecast"),
-}
-
-#: How a study trains its baselines unless it says otherwise: random weights need more steps than an adapter.
-FROM_SCRATCH: dict[str, Any] = {"max_epochs": 40}
 # What decides which windows are seen is the same for baselines and adapters.
 _WINDOWS = ("min_context", "validation_windows", "max_validation_windows")
-_SHARED_TRAINING = ("batch_size", *_WINDOWS, "device", "precision")
+SHARED_TRAINING = ("batch_size", *_WINDOWS, "device", "precision")
 # What decides how zero-shot is calibrated.
 _CALIBRATING = ("calibrate", *_WINDOWS)
-
-_OWN_OPTIONS: dict[str, dict[str, Any]] = {
-    "simulated": {"patients": 200, "hours": 48, "seed": 0},
-    "hourly": {"patients": None, "min_hours": 48},
-    "file": {"freq": None},
-    "synthetic": {"series": 100, "steps": 200, "seed": 0},
-}
-_READ = ("hourly", "file")
-# Options of the data that version 0.1 did not have.
-_LATER = ("season", "folds", "fold")
-#: Folds at most: each is a training of its own.
-MOST_FOLDS = 100
-
-
-class SpecError(ValueError):
-    """A spec cannot be used; the message lists every fault.
-
-    Parameters
-    ----------
-    what
-        The thing that is wrong, e.g. ``"trial"``.
-    faults
-        A sentence each, with the path of the option.
-    """
-
-    def __init__(self, what: str, faults: Sequence[str]) -> None:
-        self.what = what
-        self.faults = list(dict.fromkeys(faults))
-        count = len(self.faults)
-        text = self.faults[0] if count == 1 else f"{count} faults" + "".join(f"\n- {fault}" for fault in self.faults)
-        super().__init__(f"{what} cannot be used: {text}")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.what, self.faults)
-
-
-def _names(annotation: Any) -> list[str]:
-    """Return the names of the types in an annotation: that itself, or the members of a union."""
-    return [getattr(each, "__name__", str(each)) for each in (get_args(annotation) or (annotation,))]
-
-
-class StrictSpec(BaseModel):
-    """Immutable, without unknown keys, and with readable errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise SpecError(type(self).__name__.removesuffix("Spec").lower(), _faults(type(self), error)) from None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and not {"bool", "Any"} & set(
-            _names(cls.model_fields[str(info.field_name)].annotation)
-        ):
-            raise ValueError(f"{json.dumps(value)} is neither a number nor a name")
-        return value
-
-    # Without this mark pydantic would call __init__ for nested specs too, and their faults would lose their path.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
-
-    def normal_form(self) -> dict[str, Any]:
-        """Return the spec as JSON values, all defaults spelled out."""
-        form: dict[str, Any] = self.model_dump(mode="json")
-        return form
-
-
-class DataSpec(StrictSpec):
-    """Which series, and how they are divided.
-
-    Parameters
-    ----------
-    source
-        ``"simulated"`` (:func:`gluonts_peft.vitals.simulate_vitals`: no patient ever had these values), ``"hourly"``
-        (:func:`gluonts_peft.vitals.load_hourly`), ``"file"`` (:func:`gluonts_peft.series.table.read_dataset`) or
-        ``"synthetic"`` (:func:`gluonts_peft.synthetic.sample_series`, taken as hourly: the recipe that bundled
-        checkpoints were pretrained on).
-    path
-        File or folder, for the sources that read one.
-    patients, hours, seed
-        Of the simulator; 200, 48 and 0 if not given.
-    series, steps, seed
-        Of synthetic data; 100, 200 and 0 if not given.
-    patients
-        Of the hourly table: a table that says whose the stays are (:func:`gluonts_peft.vitals.load_hourly`). Without
-        it, and without a column ``patient``, stays are divided, and those of one patient may be in several parts.
-    min_hours
-        Of the hourly table: shorter stays are left out; 48 if not given.
-    freq
-        Of a file, where it cannot be inferred.
-    vital
-        Keep the series of one vital sign: those whose item id ends in ``/<vital>``. None keeps all. The division is the
-        same for each.
-    group
-        What is never divided: ``"patient"`` (what comes before the first ``/`` of an item id) or ``"item"``. By default
-        ``"patient"``, for files ``"item"``.
-    fractions
-        Shares of training, validation and test groups, of all that the source has. Without a validation share the last
-        steps of the training series are held out for it.
-    folds, fold
-        Cross-validation: the groups are dealt into so many disjoint parts of equal size, of which number ``fold``, from
-        0, is tested; training and validation share the others in the proportion of their ``fractions``, whose last one
-        becomes ``1 / folds``. So every group is tested exactly once by the trials of all folds. A study that names
-        ``folds`` alone runs all of them, and its tables pool them.
-    split_seed
-        Seed of the division.
-    windows
-        Test windows a series, the last ones, each a horizon apart.
-    train_series
-        Train on so many series only, drawn by ``split_seed``; fewer are a part of more. None means all. A trial that
-        trains nothing has None.
-    train_steps
-        Train on the last so many steps of each series only. None means all, as above.
-    season
-        Steps in a season, for MASE and for the seasonal naive baseline; that of the frequency by default.
-    """
-
-    source: Source = "simulated"
-    path: str | None = None
-    patients: int | str | None = None
-    hours: int | None = Field(default=None, gt=0)
-    series: int | None = Field(default=None, gt=0)
-    steps: int | None = Field(default=None, gt=0)
-    seed: int | None = Field(default=None, ge=0)
-    min_hours: int | None = Field(default=None, gt=0)
-    freq: str | None = None
-    vital: str | None = None
-    group: Literal["patient", "item"] | None = None
-    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
-    folds: int | None = Field(default=None, ge=2, le=MOST_FOLDS)
-    fold: int | None = Field(default=None, ge=0)
-    split_seed: int = Field(default=0, ge=0)
-    windows: int = Field(default=3, gt=0)
-    train_series: int | None = Field(default=None, gt=0)
-    train_steps: int | None = Field(default=None, gt=0)
-    season: int | None = Field(default=None, gt=0)
-
-    @model_serializer(mode="wrap")
-    def _without_later_defaults(self, dump: Any) -> dict[str, Any]:
-        # Trials of earlier versions, which had no such options, keep their hash.
-        form: dict[str, Any] = dump(self)
-        return {name: value for name, value in form.items() if name not in _LATER or value is not None}
-
-    @field_validator("patients", mode="before")
-    @classmethod
-    def _number_or_table(cls, value: Any) -> Any:
-        if isinstance(value, str) and value.isdecimal():
-            value = int(value)
-        if value is None or (isinstance(value, str) and value):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
-            raise ValueError(f"{value!r} is neither a number of patients (simulated) nor the path of a table (hourly)")
-        return int(value)
-
-    @model_validator(mode="after")
-    def _normal(self) -> DataSpec:
-        own = _OWN_OPTIONS[self.source]
-        kind = {"simulated": int, "hourly": str}.get(self.source)
-        if kind is not None and self.patients is not None and not isinstance(self.patients, kind):
-            wanted = "the path of a table that says whose the stays are" if kind is str else "a number of patients"
-            raise ValueError(f"patients {self.patients!r} is not for source {self.source!r}; give {wanted}, or drop it")
-        for source, options in _OWN_OPTIONS.items():
-            for name in options:
-                value = getattr(self, name)
-                if name in own and value is None:
-                    self._set(name, own[name])
-                elif name not in own and value is not None:
-                    raise ValueError(f"{name} {value!r} belongs to source {source!r}, not to {self.source!r}; drop it")
-        if self.source not in _READ and self.path is not None:
-            raise ValueError(
-                f"path {self.path!r} has no use for source {self.source!r}; name source 'hourly' or 'file'"
-            )
-        if self.source in _READ and not self.path:
-            raise ValueError(f"source {self.source!r} needs a path; name the file as data.path")
-        if self.source == "synthetic" and self.vital is not None:
-            raise ValueError(f"vital {self.vital!r} is of no use: source 'synthetic' has no vital signs; drop it")
-        if self.group is None:
-            self._set("group", "patient" if self.source in ("simulated", "hourly") else "item")
-        train, validation, test = self.fractions
-        if min(train, test) <= 0 or validation < 0 or abs(sum(self.fractions) - 1) > 1e-6:
-            raise ValueError(
-                f"fractions {self.fractions} must be shares of training, validation and test that add up to 1, training"
-                " and test above 0, as (0.7, 0.1, 0.2) are"
-            )
-        if self.fold is not None and (self.folds is None or self.fold >= self.folds):
-            known = "data.folds is not given" if self.folds is None else f"there are those from 0 to {self.folds - 1}"
-            raise ValueError(f"fold {self.fold} is none of the folds: {known}")
-        if self.folds is not None and self.fold is None:
-            raise ValueError(
-                f"folds {self.folds}: a trial tests one of them; name it as data.fold, from 0 to {self.folds - 1}, or"
-                " run a study, which tests all"
-            )
-        if self.folds is not None and abs(test - 1 / self.folds) > 1e-6:
-            rest = (1 - 1 / self.folds) / (train + validation)
-            self._set("fractions", (train * rest, validation * rest, 1 / self.folds))
-        return self
 
 
 # As people write it.
@@ -408,7 +158,7 @@ class TrialSpec(StrictSpec):
     def _normal(self) -> TrialSpec:
         trained = self.family == BASELINE and self.checkpoint in BOOSTED + TRAINED
         if self.family == BASELINE:
-            _check_baseline(self.checkpoint)
+            check_baseline(self.checkpoint)
             if self.adapter != "none":
                 raise ValueError(f"adapter {self.adapter!r} cannot tune a baseline; write adapter 'none'")
             if trained and self.context_length is None:
@@ -581,256 +331,6 @@ class TrialResult(StrictSpec):
         return from_record(cls, path, remedy="; delete the file to run the trial again")
 
 
-class StudySpec(StrictSpec):
-    """Many trials from a grid.
-
-    Parameters
-    ----------
-    title
-        Heading of the report.
-    base
-        What all trials share.
-    grid
-        Dotted path into the trial -> values; every combination is a trial.
-    baselines
-        Names, or mappings with a name and options, as ``{name: lightgbm, num_leaves: 15}``. Of :data:`NAIVE` and
-        :data:`STATISTICAL`: run once on each combination of data and horizon; the others: once for each seed.
-    baseline_training
-        Options of :class:`TrainingSpec` for the networks among them, beside :data:`FROM_SCRATCH`. Batch size,
-        validation windows and device are those of the trials.
-
-    Raises
-    ------
-    SpecError
-        If a path or value cannot be used in any of the trials; all faults are listed.
-    """
-
-    title: str = "Study"
-    base: dict[str, Any]
-    grid: dict[str, list[Any]] = Field(default_factory=dict)
-    baselines: tuple[Any, ...] = ()
-    baseline_training: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_format(cls, values: Any) -> Any:
-        # As it is on disk, for whoever reads the file by herself.
-        return opened(values)
-
-    @field_validator("baselines")
-    @classmethod
-    def _normal_baselines(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(map(_normal_baseline, values))
-
-    @model_validator(mode="after")
-    def _check(self) -> StudySpec:
-        faults = [
-            f"grid path {path!r} has no values; name at least one" for path, each in self.grid.items() if not each
-        ]
-        if not faults:
-            try:
-                TrainingSpec(**self.baseline_training)
-            except SpecError as error:
-                faults = [f"baseline_training: {fault}" for fault in error.faults]
-        if not faults:
-            for form in (*self.forms(), *self.baseline_forms()):
-                try:
-                    TrialSpec(**form)
-                except SpecError as error:
-                    faults.extend(error.faults)
-        if faults:
-            raise SpecError("study", faults)
-        return self
-
-    def baseline_forms(self) -> Iterator[dict[str, Any]]:
-        """Return the baselines of every combination of the grid's values; equal ones more than once."""
-        # Naive baselines have no context of their own, but it decides which windows are scored.
-        shared = ("prediction_length", "context_length", "data", "seed", "also")
-        for baseline in self.baselines:
-            name, options = _parts(baseline)
-            for form in self.forms():
-                # What is no mapping is a fault of the trials themselves.
-                training = form["training"] if isinstance(form.get("training"), dict) else {}
-                kept = {key: training[key] for key in _SHARED_TRAINING if key in training}
-                yield {
-                    "family": BASELINE,
-                    "checkpoint": name,
-                    "adapter": "none",
-                    "backbone_options": options,
-                    **{key: form[key] for key in shared if key in form},
-                    "training": {**kept, **FROM_SCRATCH, **self.baseline_training},
-                }
-
-    def forms(self) -> Iterator[dict[str, Any]]:
-        """Return the base with each combination of the grid's values in it, the last path varying fastest.
-
-        One that names ``data.folds`` and no fold of them comes once for each.
-        """
-        for values in itertools.product(*self.grid.values()):
-            form = merged(self.base, dict(zip(self.grid, values, strict=True)))
-            data = form.get("data")
-            folds = data.get("folds") if isinstance(data, dict) and data.get("fold") is None else None
-            # What is no number of folds is a fault of the trial.
-            if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= MOST_FOLDS:
-                yield form
-                continue
-            for fold in range(folds):
-                yield {**form, "data": {**form["data"], "fold": fold}}
-
-
-def read_yaml(path: str | os.PathLike[str], what: str, keys: str) -> dict[str, Any]:
-    """Read a study or a search: a mapping with a mapping ``base``.
-
-    Raises
-    ------
-    SpecError
-        If the file is missing, is not YAML, or is no such mapping; the message names the keys.
-    """
-    path = Path(path)
-    try:
-        check_regular(path)
-        form, root = parse_yaml(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SpecError(f"{what} '{path}'", [f"it cannot be read: {error.strerror}"]) from error
-    except ValueError as error:
-        reason = str(error) if str(error).startswith("it ") else f"it is not YAML: {error}"
-        raise SpecError(f"{what} '{path}'", [reason]) from error
-    if repeated := _repeated_keys(root):
-        raise SpecError(f"{what} '{path}'", repeated)
-    if not isinstance(form, dict) or not isinstance(form.get("base"), dict):
-        raise SpecError(f"{what} '{path}'", [f"expected a mapping with the keys {keys}"])
-    return form
-
-
-def mapping_of(form: Mapping[str, Any], name: str, what: str, holds: str) -> dict[str, Any]:
-    """Return a copy of the part of a file that is a mapping, empty if it is not there.
-
-    Raises
-    ------
-    SpecError
-        If it is something else.
-    """
-    part = form.get(name)
-    if part is not None and not isinstance(part, dict):
-        raise SpecError(what, [f"{name} {part!r} is not a mapping of {holds}"])
-    return dict(part or {})
-
-
-def _repeated_keys(root: Any) -> list[str]:
-    """Return a fault for each key that a mapping of YAML has twice: the second would silently replace the first."""
-    import yaml
-
-    faults, waiting, seen = [], [root], set[int]()
-    while waiting:
-        node = waiting.pop(0)
-        # Aliases may lead in a circle.
-        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if not isinstance(node, yaml.MappingNode):
-            waiting += node.value
-            continue
-        lines: dict[tuple[str, str], int] = {}
-        for key, value in node.value:
-            waiting.append(value)
-            if isinstance(key, yaml.ScalarNode):
-                name, line = (key.tag, key.value), key.start_mark.line + 1
-                if name in lines:
-                    faults.append(f"line {line}: key {key.value!r} is there already, on line {lines[name]}; drop one")
-                lines.setdefault(name, line)
-    return faults
-
-
-def read_record(folder: str | Path, name: str, what: str) -> dict[str, Any]:
-    """Read the JSON file by which a folder is known as that of a study or a search.
-
-    Raises
-    ------
-    SpecError
-        If there is none, or it is not JSON.
-    """
-    path = Path(folder) / name
-    if not path.exists():
-        raise SpecError(f"folder '{folder}'", [f"it has no {name}; name the folder of a {what}"])
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise SpecError(f"'{path}'", [f"it holds a {type(content).__name__}, not a mapping"])
-    return content
-
-
-def read_json(path: Path, remedy: str = "") -> Any:
-    """Read a JSON record of a study, a search or a trial, without the number of its format.
-
-    Raises
-    ------
-    SpecError
-        If it is damaged, or written by a newer version.
-    """
-    try:
-        return opened(load_json(path))
-    except NewerFormat as error:
-        raise SpecError(f"'{path}'", [f"it was {error}"]) from None
-    except OSError as error:
-        raise SpecError(f"'{path}'", [f"it cannot be read: {error.strerror}{remedy}"]) from error
-    except ValueError as error:
-        raise SpecError(f"'{path}'", [f"{error}{remedy}"]) from error
-
-
-_S = TypeVar("_S", bound=StrictSpec)
-
-
-def from_record(kind: type[_S], path: Path, content: Any = None, remedy: str = "") -> _S:
-    """Build a spec or result from a JSON record, see :func:`read_json`, or from a part of it."""
-    content = read_json(path, remedy) if content is None else content
-    try:
-        return kind(**content)
-    except SpecError as error:
-        newer = [fault for fault in error.faults if "option " in fault and " is unknown" in fault]
-        if newer:
-            raise SpecError(
-                f"'{path}'", [f"it was written by a newer version of gluonts-peft ({newer[0]}): update it"]
-            ) from error
-        raise SpecError(f"'{path}'", [f"{fault}{remedy}" for fault in error.faults]) from error
-    except (ValueError, TypeError) as error:
-        raise SpecError(f"'{path}'", [f"{error}{remedy}"]) from error
-
-
-def load_study(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> StudySpec:
-    """Read a study from a YAML file.
-
-    Parameters
-    ----------
-    path
-        The file.
-    overrides
-        Dotted paths and values that replace those of the file: ``title``, ``baselines`` and ``baseline_training`` of
-        the study; any other path is one of the trial, as ``"training.max_epochs"``. A path that the grid varies gets
-        these values instead, a list of them or a single one. With another ``data.source`` the options of the file's own
-        source are dropped.
-
-    Raises
-    ------
-    SpecError
-        If the file is missing, is not YAML, or holds or gets anything that cannot be used; all faults are listed.
-    """
-    form = read_yaml(path, "study", "base, grid, baselines and title")
-    grid = mapping_of(form, "grid", f"study '{path}'", "paths and lists of values")
-    changes = {}
-    for name, value in (overrides or {}).items():
-        if name in ("title", "baselines", "baseline_training"):
-            form[name] = value
-        elif name.startswith("baseline_training."):
-            form["baseline_training"] = {**(form.get("baseline_training") or {}), name.partition(".")[2]: value}
-        elif name in grid:
-            grid[name] = list(value) if isinstance(value, list | tuple) else [value]
-        else:
-            changes[name] = value
-    try:
-        return StudySpec(**{**form, "grid": grid, "base": merged(form["base"], changes)})
-    except SpecError as error:
-        raise SpecError(f"study '{path}'", error.faults) from None
-
-
 def describe_adapter(adapter: Any) -> str:
     """Return an adapter's spec in words: ``"lora(r=4)"``, ``"layernorm + lora"``."""
     if isinstance(adapter, list):
@@ -847,7 +347,7 @@ def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     source = values.get("data.source")
     data = form.get("data")
     if source is not None and isinstance(data, dict) and data.get("source", "simulated") != source:
-        foreign = {"path"}.union(*(options for name, options in _OWN_OPTIONS.items() if name != source))
+        foreign = {"path"}.union(*(options for name, options in OWN_OPTIONS.items() if name != source))
         form["data"] = {key: value for key, value in data.items() if key not in foreign}
     for path in sorted(values, key=lambda path: path.count(".")):
         *parents, last = path.split(".")
@@ -864,101 +364,30 @@ def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     return form
 
 
-def _parts(value: Mapping[str, Any] | str) -> tuple[str, dict[str, Any]]:
-    """Return the name and the options of a baseline in its normal form."""
-    if isinstance(value, str):
-        return value, {}
-    return value["name"], {key: option for key, option in value.items() if key != "name"}
-
-
-def missing_package(baseline: Any) -> str | None:
-    """Return the package that a baseline, or what was written for one, needs and that is not installed; else None."""
-    name = baseline.get("name") if isinstance(baseline, Mapping) else baseline
-    package = PACKAGES.get(str(name))
-    return package if package is not None and importlib.util.find_spec(package) is None else None
-
-
-def _check_baseline(name: str) -> None:
-    if name not in _BASELINES:
-        raise ValueError(unknown("baseline", name, _BASELINES))
-
-
-def _normal_baseline(baseline: Any) -> Any:
-    if isinstance(baseline, str):
-        _check_baseline(baseline)
-        return baseline
-    if not isinstance(baseline, Mapping):
-        raise ValueError(f"baseline {baseline!r} is neither a name nor a mapping with a name and options")
-    normal = _with_options("baseline", baseline, _normal_baseline, "{'name': 'lightgbm', 'num_leaves': 15}")
-    name, options = _parts(normal)
-    if name in NAIVE and options:
-        raise ValueError(f"baseline {name!r} takes no options, not {', '.join(options)}; drop them")
-    return normal
-
-
-def _with_options(kind: str, value: Mapping[Any, Any], normal: Callable[[str], Any], example: str) -> Any:
-    """Return a mapping with a name and options in its normal form: the options sorted, without any the name alone."""
-    if not isinstance(value.get("name"), str):
-        raise ValueError(f"{kind} {dict(value)!r} has no 'name'; write e.g. {example}")
-    name = normal(value["name"])
-    try:
-        options = json.loads(json.dumps({str(key): option for key, option in value.items() if key != "name"}))
-    except TypeError as error:
-        raise ValueError(f"{kind} {dict(value)!r} holds what JSON cannot: {error}") from None
-    return {"name": name, **{key: options[key] for key in sorted(options)}} if options else name
-
-
 def _normal_adapter(adapter: Any) -> Any:
     if isinstance(adapter, str):
         _check_known(adapters, adapter)
         return adapter
     if isinstance(adapter, Mapping):
-        return _with_options("adapter", adapter, _normal_adapter, "{'name': 'lora', 'r': 2}")
+        return with_options("adapter", adapter, _normal_adapter, "{'name': 'lora', 'r': 2}")
     if isinstance(adapter, list | tuple) and adapter:
         parts = [_normal_adapter(part) for part in adapter]
         return parts[0] if len(parts) == 1 else parts
     raise ValueError(f"adapter {adapter!r} is not a name, a mapping with a name and options, or a list of these")
 
 
-_seen: dict[str, set[str]] = {}
-
-
 def _check_known(registry: Registry, name: str, *further: str) -> None:
-    # Reading the metadata of all installed distributions takes long next to everything else here.
-    if name in _seen.get(registry.kind, ()) or name in further:
-        return
-    names = _seen[registry.kind] = set(registry.names())
-    if name not in names:
-        raise ValueError(unknown(registry.kind, name, [*names, *further]))
+    if name not in further and not registry.knows(name):
+        raise ValueError(unknown(registry.kind, name, [*registry.names(), *further]))
 
 
-def _faults(model: type[BaseModel], error: ValidationError) -> list[str]:
-    faults = []
-    for item in error.errors():
-        path = ".".join(str(part) for part in item["loc"])
-        cause = item.get("ctx", {}).get("error")
-        if item["type"] == "extra_forbidden":
-            *parents, key = item["loc"]
-            where = f"{'.'.join(map(str, parents))}: " if parents else ""
-            faults.append(where + unknown("option", key, _fields_at(model, parents)))
-        elif item["type"] == "missing":
-            faults.append(f"{path} is missing")
-        elif isinstance(cause, SpecError):
-            faults.extend(cause.faults)
-        elif cause is not None:
-            faults.append(f"{path}: {cause}" if path else str(cause))
-        else:
-            faults.append(f"{path} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
-    return faults
-
-
-def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        # Names of a mapping lead to what its values are.
-        inner = model.model_fields[part].annotation if part in model.model_fields else model
-        if get_origin(inner) is dict:
-            inner = get_args(inner)[1]
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            break
-        model = inner
-    return list(model.model_fields)
+__getattr__ = moved(
+    __name__,
+    {
+        **dict.fromkeys(
+            ("FROM_SCRATCH", "PACKAGES", "STATISTICAL", "missing_package"), "gluonts_peft.trials.baselinespec"
+        ),
+        **dict.fromkeys(("mapping_of", "read_json", "read_record", "read_yaml"), "gluonts_peft.trials.reading"),
+        **dict.fromkeys(("StudySpec", "load_study"), "gluonts_peft.trials.studyspec"),
+    },
+)

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from ..backtesting import QUANTILE_LEVELS
 from ..errors import unknown
-from .spec import STATISTICAL
+from .baselinespec import STATISTICAL
 
 __all__ = ["MAX_HISTORY", "SIMPLER", "StatisticalPredictor", "check_options"]
 

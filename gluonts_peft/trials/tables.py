@@ -17,8 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..words import PROVEN, WORSE
+from .baselinespec import BASELINE, NAIVE, STATISTICAL
 from .grid import STUDY, expand, read_study, trial_folder
-from .spec import BASELINE, NAIVE, STATISTICAL, SpecError, TrialResult, TrialSpec, describe_adapter
+from .spec import TrialResult, TrialSpec, describe_adapter
+from .strict import SpecError
 
 __all__ = ["COVERAGE", "JUDGE", "KINDS", "METRICS", "Row", "load_results", "rows_of", "table"]
 

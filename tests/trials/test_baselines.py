@@ -16,7 +16,7 @@ from gluonts_peft.predictor import PeftPredictor
 from gluonts_peft.series.windows import Windows
 from gluonts_peft.trials import TrialSpec, run_trial
 from gluonts_peft.trials.baselines import BaselineBackbone, BaselineEstimator, _filled
-from gluonts_peft.trials.spec import TRAINED
+from gluonts_peft.trials.baselinespec import TRAINED
 
 DATA = {"patients": 10, "hours": 8, "vital": "hr", "windows": 1}
 TRAINING = {"max_epochs": 1, "num_batches_per_epoch": 2, "batch_size": 4, "device": "cpu"}

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 
 from gluonts_peft import list_adapters, list_families
 from gluonts_peft.trials import SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, expand, load_study
-from gluonts_peft.trials.spec import BOOSTED, NAIVE, STATISTICAL, TRAINED, DataSpec, describe_adapter, missing_package
+from gluonts_peft.trials.baselinespec import BOOSTED, NAIVE, STATISTICAL, TRAINED, missing_package
+from gluonts_peft.trials.dataspec import DataSpec
+from gluonts_peft.trials.spec import describe_adapter
 
 FAMILIES = ", ".join(sorted(["baseline", *list_families()]))
 ADAPTERS = ", ".join(sorted(list_adapters()))
@@ -423,3 +426,16 @@ def test_a_damaged_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=re.escape(f"'{path}' cannot be used: ")):
         TrialResult.read(tmp_path)
     assert TrialResult.read(tmp_path / "nowhere") is None
+
+
+def test_names_of_version_0_1_are_still_in_the_module_of_the_specs() -> None:
+    from gluonts_peft.trials import spec as old
+
+    names = "BASELINE BOOSTED FROM_SCRATCH NAIVE PACKAGES STATISTICAL TRAINED DataSpec SpecError StudySpec"
+    names += " TrainingSpec TrialResult TrialSpec describe_adapter load_study missing_package"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert all(getattr(old, name) is not None for name in names.split())
+    assert "gluonts_peft.trials.spec.load_study is now gluonts_peft.trials.studyspec.load_study" in " ".join(
+        str(each.message) for each in caught
+    )

@@ -1,0 +1,116 @@
+"""The base of all specs: immutable, without unknown keys, and with faults that name the option and the way out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from ..errors import unknown
+
+__all__ = ["SpecError", "StrictSpec", "with_options"]
+
+
+class SpecError(ValueError):
+    """A spec cannot be used; the message lists every fault.
+
+    Parameters
+    ----------
+    what
+        The thing that is wrong, e.g. ``"trial"``.
+    faults
+        A sentence each, with the path of the option.
+    """
+
+    def __init__(self, what: str, faults: Sequence[str]) -> None:
+        self.what = what
+        self.faults = list(dict.fromkeys(faults))
+        count = len(self.faults)
+        text = self.faults[0] if count == 1 else f"{count} faults" + "".join(f"\n- {fault}" for fault in self.faults)
+        super().__init__(f"{what} cannot be used: {text}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.what, self.faults)
+
+
+class StrictSpec(BaseModel):
+    """Immutable, without unknown keys, and with readable errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SpecError(type(self).__name__.removesuffix("Spec").lower(), _faults(type(self), error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not {"bool", "Any"} & set(
+            _names(cls.model_fields[str(info.field_name)].annotation)
+        ):
+            raise ValueError(f"{json.dumps(value)} is neither a number nor a name")
+        return value
+
+    # Without this mark pydantic would call __init__ for nested specs too, and their faults would lose their path.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def normal_form(self) -> dict[str, Any]:
+        """Return the spec as JSON values, all defaults spelled out."""
+        form: dict[str, Any] = self.model_dump(mode="json")
+        return form
+
+
+def _names(annotation: Any) -> list[str]:
+    """Return the names of the types in an annotation: that itself, or the members of a union."""
+    return [getattr(each, "__name__", str(each)) for each in (get_args(annotation) or (annotation,))]
+
+
+def with_options(kind: str, value: Mapping[Any, Any], normal: Callable[[str], Any], example: str) -> Any:
+    """Return a mapping with a name and options in its normal form: the options sorted, without any the name alone."""
+    if not isinstance(value.get("name"), str):
+        raise ValueError(f"{kind} {dict(value)!r} has no 'name'; write e.g. {example}")
+    name = normal(value["name"])
+    try:
+        options = json.loads(json.dumps({str(key): option for key, option in value.items() if key != "name"}))
+    except TypeError as error:
+        raise ValueError(f"{kind} {dict(value)!r} holds what JSON cannot: {error}") from None
+    return {"name": name, **{key: options[key] for key in sorted(options)}} if options else name
+
+
+def _faults(model: type[BaseModel], error: ValidationError) -> list[str]:
+    faults = []
+    for item in error.errors():
+        path = ".".join(str(part) for part in item["loc"])
+        cause = item.get("ctx", {}).get("error")
+        if item["type"] == "extra_forbidden":
+            *parents, key = item["loc"]
+            where = f"{'.'.join(map(str, parents))}: " if parents else ""
+            faults.append(where + unknown("option", key, _fields_at(model, parents)))
+        elif item["type"] == "missing":
+            faults.append(f"{path} is missing")
+        elif isinstance(cause, SpecError):
+            faults.extend(cause.faults)
+        elif cause is not None:
+            faults.append(f"{path}: {cause}" if path else str(cause))
+        else:
+            faults.append(f"{path} {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+    return faults
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    for part in location:
+        # Names of a mapping lead to what its values are.
+        inner = model.model_fields[part].annotation if part in model.model_fields else model
+        if get_origin(inner) is dict:
+            inner = get_args(inner)[1]
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        model = inner
+    return list(model.model_fields)
