@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .verdict import FOLDS, LEVELS, between, forecast_alike, history_scales, keys_of, scale, season_of, units_of
+from .scorer import forecast_alike, history_scales, keys_of, season_of, units_of
+from .scores import LEVELS, between, scale
+from .verdict import FOLDS
 
 if TYPE_CHECKING:
     from .backbone import Backbone

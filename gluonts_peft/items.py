@@ -35,8 +35,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .scorer import Scorer, unit_key
 from .series.calendar import step_of
-from .verdict import FOLDS, ItemVerdict, Judge, flip_test, unit_key
+from .verdict import FOLDS, ItemVerdict, flip_test
 from .words import LEAST_UNITS, NO_EVIDENCE, word_of
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ class ItemJudge:
     by
         One of :data:`BY`.
     tasks
-        As of :class:`gluonts_peft.verdict.Judge`.
+        As for :class:`gluonts_peft.scorer.Scorer`.
     keep
         Whether the tuned model is handed over whatever the verdict: then its weight is the common one, else 0 without
         evidence.
@@ -372,7 +373,7 @@ class ItemJudge:
         self.by = by
         self.keep = keep
         self.found: Items | None = None
-        self._judge = Judge(windows, tasks=tasks, every=True)
+        self._scorer = Scorer(windows, tasks=tasks, every=True)
         store = windows.windows.store
         # Ordinals of periods of 5 minutes count minutes.
         self._times = store.ordinals[windows.series] + windows.cuts * (1 if store.freq is None else step_of(store.freq))
@@ -409,8 +410,8 @@ class ItemJudge:
         for weight in every:
             adapter.load_state_dict(mixed(start, end, weight))
             if weight == 0.0:
-                self._judge.start(adapter.attached)
-            rows.append(self._judge.by_window(adapter.attached))
+                self._scorer.start(adapter.attached)
+            rows.append(self._scorer.by_window(adapter.attached))
         found, chosen = judge_items(np.stack(rows), self.names, every, common, self.by, self._times)
         if chosen:
             self.found = Items(self.by, chosen, common, start, end)
