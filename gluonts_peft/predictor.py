@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,32 +18,32 @@ from gluonts.model.predictor import Predictor
 from numpy.typing import NDArray
 
 from . import __version__
-from .adapters.base import AdapterError, versions
+from .adapters.base import AdapterError
 from .adapters.load import load_adapter
-from .backbone import Backbone, Source
+from .backbone import Backbone
 from .calibration import Calibration
-from .checkpoint import Checkpoint, CheckpointError
-from .files import FolderInUse, NewerFormat, as_integer, delivering, load_json, opened, record, typed
+from .files import FolderInUse, delivering, record
 from .forecasts import forecasts_of
 from .items import ITEMS, Items
-from .registry import families
+from .predictor_folder import (
+    ADAPTER,
+    CONFIG,
+    TYPE,
+    PredictorError,
+    check_steps,
+    check_type,
+    describe,
+    load_base,
+    read_predictor,
+)
 from .series.batches import context_batches
 from .series.entries import Door, nothing_seen
-from .series.season import unit_of
 from .training import Fit, Gate, resolve_device, to_device
 from .units import refuse_nonfinite
 from .verdict import Verdict
 from .weights import Snapshot
 
 __all__ = ["PeftPredictor", "PredictorError"]
-
-TYPE = "gluonts-config.json"
-CONFIG = "predictor.json"
-ADAPTER = "adapter"
-
-
-class PredictorError(ValueError):
-    """A predictor cannot be stored or loaded."""
 
 
 class PeftPredictor(Predictor):  # type: ignore[misc]
@@ -56,7 +54,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
     backbone
         Pretrained model, with or without an adapter.
     fit
-        What training found out.
+        Record of the training, if there was one.
     batch_size
         Series at a time.
     seed
@@ -69,15 +67,15 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         Frequency of the data that the model was tuned on, as ``pandas.Period`` spells it; other data are refused. None,
         as of pretrained models, takes any.
     calibration
-        What moves the quantiles that the model forecasts, see :mod:`gluonts_peft.calibration`; None leaves them.
+        Correction of the quantiles that the model forecasts, see :mod:`gluonts_peft.calibration`; None leaves them.
     items
-        Weights of items that differ from the common one, which is that of the adapter as it is attached, see
-        :mod:`gluonts_peft.items`. None forecasts all by the common one.
+        Weights of items that differ from the common weight, which the attached adapter has, see
+        :mod:`gluonts_peft.items`; None forecasts all items with the common weight.
 
     Raises
     ------
     ValueError
-        If the model does not forecast that many steps, or others than the calibration is of.
+        If the model does not forecast that many steps, or the calibration is of another number of steps.
     """
 
     __version__: str = __version__
@@ -98,7 +96,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         own = backbone.prediction_length
         if prediction_length is not None and not 0 < prediction_length <= own:
             raise ValueError(f"prediction_length {prediction_length} is not from 1 to {own}, what the model forecasts")
-        _check_steps(calibration, own)
+        check_steps(calibration, own)
         super().__init__(prediction_length=own if prediction_length is None else prediction_length)
         place = resolve_device(device)
         self.backbone = backbone if backbone.device == place else backbone.to(place)
@@ -119,15 +117,15 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
 
     @property
     def verdict(self) -> Verdict | None:
-        """Did tuning help, for how many, and how sure is that? None if this predictor was not trained, or there was no
-        forecast before tuning to compare with.
+        """Whether tuning helped, and how certain that is; None if this predictor was not trained, or there was no
+        zero-shot forecast to compare with.
         """
         return None if self.fit is None else self.fit.verdict
 
     @property
     def gate(self) -> Gate | None:
-        """Scores of zero-shot and of the kept weights on the windows that chose these, if this predictor was trained;
-        what they are worth is what :attr:`verdict` says.
+        """Scores of zero-shot and of the kept weights on the windows that chose these weights, if this predictor was
+        trained; :attr:`verdict` says what they are worth.
         """
         return None if self.fit is None else self.fit.gate
 
@@ -296,33 +294,13 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 adapter = self.backbone.adapter
                 if adapter is not None and adapter.num_parameters():
                     adapter.save(partial / ADAPTER)
-                config = self._config(path)
+                config = describe(self, path)
                 if self.items is not None:
                     config["items"] = self.items.save(partial)
                 (partial / CONFIG).write_text(json.dumps(record(config), indent=1) + "\n")
                 super().serialize(partial)
         except FolderInUse as error:
             raise PredictorError(str(error)) from None
-
-    def _config(self, path: Path) -> dict[str, Any]:
-        adapter, own, place = self.backbone.adapter, self.backbone.prediction_length, self.backbone.place
-        places = {} if place is None or self.backbone.source.kind != "folder" else _places(place, path)
-        return {
-            "family": self.backbone.family,
-            "base": asdict(self.backbone.source),
-            **({"base_places": places} if places else {}),
-            "prediction_length": self.prediction_length,
-            **({} if own == self.prediction_length else {"model_prediction_length": own}),
-            "context_length": self.backbone.context_length,
-            "backbone_options": self.backbone.options,
-            "adapter": None if adapter is None or not adapter.num_parameters() else adapter.spec,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            **({} if self.freq is None else {"freq": self.freq}),
-            **({} if self.calibration is None else {"calibration": asdict(self.calibration)}),
-            "fit": None if self.fit is None else asdict(self.fit),
-            "versions": versions(),
-        }
 
     @classmethod
     def deserialize(
@@ -349,57 +327,19 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                 f"deserialize() has no option {next(iter(unknown_options))!r}; it has device and checkpoint"
             )
         path = Path(path)
-        _check_type(path, cls)
-        stored = _read(path)
-        base: Source = stored["base"]
-        try:
-            backbone_class: type[Backbone] = families.get(stored["family"]).backbone_class
-        except ValueError as error:
-            raise PredictorError(f"{error} (as {str(path / CONFIG)!r} says)") from error
-        if checkpoint is not None:
-            places: list[Any] = [checkpoint]
-        else:
-            # By its kind, so that a folder that is gone is not looked for on the hub.
-            named = [base.checkpoint, *(str(place) for place in stored["places"] if place.is_dir())]
-            places = [Checkpoint(base.kind, name, base.revision) for name in dict.fromkeys(named)]
-        faults: list[PredictorError] = []
-        for where in places:
-            try:
-                backbone = backbone_class.from_checkpoint(where, **stored["lengths"], **stored["backbone_options"])
-            except CheckpointError as error:
-                fault = PredictorError(
-                    f"base weights of the predictor in {str(path)!r} cannot be loaded: {error}; if they lie elsewhere"
-                    " now, name the place with checkpoint=..."
-                )
-                fault.__cause__ = error
-                faults.append(fault)
-                continue
-            except (ValueError, TypeError) as error:
-                fault = PredictorError(f"{error} (as {str(path / CONFIG)!r} says)")
-                fault.__cause__ = error
-                faults.append(fault)
-                continue
-            if backbone.source.fingerprint == base.fingerprint:
-                break
-            faults.append(
-                PredictorError(
-                    f"predictor in {str(path)!r} rests on base weights with fingerprint {base.fingerprint[:12]}…, but"
-                    f" {str(where)!r} has {backbone.source.fingerprint[:12]}…; name the right weights with"
-                    " checkpoint=..."
-                )
-            )
-        else:
-            raise faults[0]
-        if stored["adapter"] is not None:
+        check_type(path, cls, PeftPredictor)
+        stored = read_predictor(path)
+        backbone = load_base(stored, path, checkpoint)
+        if stored.adapter is not None:
             try:
                 adapter = load_adapter(path / ADAPTER, backbone)
-                if stored["items"] is not None:
-                    stored["items"].check(adapter)
+                if stored.items is not None:
+                    stored.items.check(adapter)
             except AdapterError as error:
                 if str(path) in str(error):
                     raise
                 raise AdapterError(f"{error} (adapter in {str(path / ADAPTER)!r})") from error
-        return cls(backbone, fit=stored["fit"], device=device, items=stored["items"], **stored["settings"])
+        return cls(backbone, fit=stored.fit, device=device, items=stored.items, **stored.settings)
 
     def swap(self, adapter: str | Path) -> None:
         """Exchange the adapter in place; the base weights stay in memory.
@@ -421,11 +361,11 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             raise AdapterError("a merged predictor cannot exchange its adapter: it is part of the weights now")
         folder, fit, freq, calibration, items = Path(adapter), None, None, None, None
         if (folder / CONFIG).is_file():
-            stored = _read(folder)
-            folder, fit, freq = folder / ADAPTER, stored["fit"], stored["settings"]["freq"]
-            calibration, items = stored["settings"]["calibration"], stored["items"]
+            stored = read_predictor(folder)
+            folder, fit, freq = folder / ADAPTER, stored.fit, stored.settings["freq"]
+            calibration, items = stored.settings["calibration"], stored.items
             try:
-                _check_steps(calibration, self.backbone.prediction_length)
+                check_steps(calibration, self.backbone.prediction_length)
             except ValueError as error:
                 raise PredictorError(f"predictor in {str(adapter)!r} does not fit here: {error}") from None
         backbone = self.backbone
@@ -495,136 +435,3 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             raise PredictorError(str(error)) from None
         if self.items is not None:
             self.items.warn("what was exported has")
-
-
-def _check_steps(calibration: Calibration | None, steps: int) -> None:
-    if calibration is not None and calibration.steps != steps:
-        raise ValueError(f"the calibration is of {calibration.steps} steps, and the model forecasts {steps}")
-
-
-def _places(base: Path, path: Path) -> dict[str, str]:
-    """Return where a base folder lies, and how to come to it from the predictor: both may be moved together."""
-    places = {"absolute": str(base)}
-    # There is no way to another drive.
-    with suppress(ValueError):
-        places["relative"] = os.path.relpath(base, path.absolute())
-    return places
-
-
-def _check_type(folder: Path, kind: type[PeftPredictor]) -> None:
-    """Refuse a folder of another program's predictor, without importing what it names."""
-    file = folder / TYPE
-    try:
-        named = str(load_json(file)["type"])
-    except FileNotFoundError:
-        if (folder / CONFIG).exists():
-            raise PredictorError(
-                f"folder {str(folder)!r} holds an unfinished predictor: it has no {TYPE}, which is written last; write"
-                " it again"
-            ) from None
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
-    own = {f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__ if issubclass(each, PeftPredictor)}
-    if named not in own:
-        raise PredictorError(
-            f"folder {str(folder)!r} holds a predictor of type {named!r}, not {kind.__qualname__}; nothing of it was"
-            " loaded. If you trust it, open it with gluonts.model.Predictor.deserialize"
-        )
-
-
-_KEYS = (
-    "family",
-    "base",
-    "base_places",
-    "prediction_length",
-    "model_prediction_length",
-    "context_length",
-    "backbone_options",
-    "adapter",
-    "batch_size",
-    "seed",
-    "freq",
-    "calibration",
-    "fit",
-    "items",
-    "versions",
-)
-# Far beyond all that these models can do; what allocates by such a number must not be asked for more.
-_LONGEST = 1_000_000
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    """Return what :meth:`PeftPredictor.serialize` recorded.
-
-    Raises
-    ------
-    PredictorError
-        If there is no record, or it is damaged.
-    """
-    file = folder / CONFIG
-    try:
-        config = opened(load_json(file), _KEYS)
-        fit, options, places = config["fit"], config["backbone_options"], config.get("base_places") or {}
-        base = typed(Source, dict(config["base"].items()), "base")
-        if base.kind not in ("bundled", "folder", "hub"):
-            raise ValueError(f"base.kind is {base.kind!r}, not bundled, folder or hub")
-        if config.get("items") is not None and config["adapter"] is None:
-            raise ValueError("items have weights, and there is no adapter that they could be weights of")
-        if not isinstance(options, dict):
-            raise TypeError(f"backbone_options is {options!r}, not a mapping")
-        # What is too small the model refuses.
-        length = as_integer(config["prediction_length"], "prediction_length", -_LONGEST, _LONGEST)
-        whole = as_integer(config.get("model_prediction_length", length), "model_prediction_length", length, _LONGEST)
-        return {
-            "family": _text(config["family"], "family"),
-            "base": base,
-            "places": [
-                Path(os.path.normpath(folder.absolute() / _text(places[name], f"base_places.{name}")))
-                for name in ("absolute", "relative")
-                if name in places
-            ],
-            "lengths": {
-                "prediction_length": whole,
-                "context_length": as_integer(config["context_length"], "context_length", -_LONGEST, _LONGEST),
-            },
-            "backbone_options": options,
-            "adapter": config["adapter"],
-            "settings": {
-                "batch_size": as_integer(config["batch_size"], "batch_size", 1),
-                "seed": as_integer(config["seed"], "seed", 0, 2**63 - 1),
-                "prediction_length": length,
-                "freq": _known_freq(config.get("freq")),
-                "calibration": _calibration(config.get("calibration"), whole),
-            },
-            "fit": None if fit is None else typed(Fit, fit, "fit"),
-            "items": None if config.get("items") is None else Items.load(folder, config["items"]),
-        }
-    except FileNotFoundError as error:
-        raise PredictorError(f"folder {str(folder)!r} holds no predictor: it has no {CONFIG}") from error
-    except NewerFormat as error:
-        raise PredictorError(f"{str(file)!r} was {error}") from None
-    except OSError as error:
-        raise PredictorError(f"{str(file)!r} cannot be read: {error.strerror}") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise PredictorError(f"{str(file)!r} is damaged: {type(error).__name__}: {error}") from error
-
-
-def _calibration(value: Any, steps: int) -> Calibration | None:
-    if value is None:
-        return None
-    found = typed(Calibration, value, "calibration")
-    _check_steps(found, steps)
-    return found
-
-
-def _known_freq(value: Any) -> str | None:
-    if value is not None:
-        unit_of(_text(value, "freq"))
-    return value  # type: ignore[no-any-return]
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is {value!r}, not text")
-    return value
