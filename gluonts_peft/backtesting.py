@@ -29,14 +29,9 @@ from gluonts.dataset import DataEntry, Dataset
 from gluonts.dataset.split import TestData, split
 from gluonts.dataset.util import forecast_start
 from gluonts.ev.metrics import (
-    MAE,
-    MAPE,
-    MASE,
-    MSE,
     Coverage,
     DerivedMetric,
     DirectMetric,
-    MeanWeightedSumQuantileLoss,
     Metric,
 )
 from gluonts.ev.ts_stats import seasonal_error
@@ -44,7 +39,7 @@ from gluonts.itertools import batcher
 from gluonts.model.forecast import Forecast, SampleForecast
 from gluonts.model.predictor import Predictor, RepresentablePredictor
 
-from .metrics import DTW, DTWPathError
+from .columns import QUANTILE_LEVELS, score_columns
 from .series.calendar import calendar_of, first_stamp
 from .series.dated import dated
 from .series.entries import Door, EntryError, Unusable, as_array, called
@@ -53,8 +48,6 @@ from .series.season import season_length
 __all__ = ["QUANTILE_LEVELS", "SeasonalNaive", "backtest", "backtest_both", "default_metrics"]
 
 logger = logging.getLogger(__name__)
-
-QUANTILE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def default_metrics() -> list[Any]:
@@ -69,19 +62,11 @@ def default_metrics() -> list[Any]:
     -------
     list
         Definitions of ``MSE[0.5]`` (squared unit of the data), ``MAE[0.5]`` (unit of the data), ``MAPE[0.5]`` (a
-        fraction, not percent), ``MASE[0.5]``, ``mean_weighted_sum_quantile_loss`` over ``QUANTILE_LEVELS``,
-        ``coverage[0.1]`` to ``coverage[0.9]``, ``DTW[0.5]`` and ``DTWPathError[0.5]`` (unit of the data).
+        fraction, not percent), ``MASE[0.5]``, ``DTW[0.5]`` and ``DTWPathError[0.5]`` (unit of the data),
+        ``mean_weighted_sum_quantile_loss`` over ``QUANTILE_LEVELS``, what other distributions add
+        (:mod:`gluonts_peft.columns`), and ``coverage[0.1]`` to ``coverage[0.9]``.
     """
-    return [
-        MSE("0.5"),
-        MAE("0.5"),
-        MAPE("0.5"),
-        MASE("0.5"),
-        MeanWeightedSumQuantileLoss(QUANTILE_LEVELS),
-        *(Coverage(q) for q in QUANTILE_LEVELS),
-        DTW("0.5"),
-        DTWPathError("0.5"),
-    ]
+    return [*(column.metric() for column in score_columns()), *(Coverage(q) for q in QUANTILE_LEVELS)]
 
 
 def backtest(

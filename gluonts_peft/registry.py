@@ -1,7 +1,8 @@
 """Families and adapters by name, found through entry points.
 
 A distribution offers a model family in the group ``gluonts_peft.estimators`` (a :class:`~gluonts_peft.PeftEstimator`
-class) and an adapter in ``gluonts_peft.adapters`` (a callable ``**options -> Adapter``). The core registers its own
+class), an adapter in ``gluonts_peft.adapters`` (a callable ``**options -> Adapter``) and a metric in
+``gluonts_peft.metrics`` (a :class:`~gluonts_peft.columns.Column`). The core registers its own
 adapters in the same way. Listing reads metadata only; nothing is imported until it is asked for by name.
 
 >>> adapters.names()[:3]
@@ -32,6 +33,7 @@ __all__ = [
     "get_estimator",
     "list_adapters",
     "list_families",
+    "metrics",
 ]
 
 
@@ -133,6 +135,7 @@ def _owner(point: EntryPoint) -> tuple[str, str]:
 
 families = Registry("family", "gluonts_peft.estimators")
 adapters = Registry("adapter", "gluonts_peft.adapters")
+metrics = Registry("metric", "gluonts_peft.metrics")
 
 
 def list_families() -> list[str]:

@@ -27,6 +27,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..columns import score_columns
 from ..files import write_atomically
 from ..scores import LEVELS
 from .grid import expand, read_study, trial_folder
@@ -34,7 +35,7 @@ from .reading import read_json
 from .sections import Section
 from .spec import TrialResult
 from .strict import SpecError
-from .tables import BASELINES, JUDGE, METRICS, ZERO_SHOT, Row, as_float, load_results, pooled, rows_of
+from .tables import BASELINES, JUDGE, ZERO_SHOT, Row, as_float, load_results, pooled, rows_of
 
 __all__ = [
     "FEV_VERSION",
@@ -55,13 +56,7 @@ _CLIP = (1e-2, 1e2)
 _LEVEL = 0.95
 _RESAMPLES, _SEED = 1000, 123
 #: Names of fev, and the scores behind them.
-_FEV_METRICS = {
-    "MAE": METRICS["MAE"],
-    "MSE": METRICS["MSE"],
-    "MAPE": METRICS["MAPE"],
-    "MASE": "MASE[0.5]",
-    "WQL": METRICS["quantile loss"],
-}
+_FEV_METRICS = {column.fev: column.score for column in score_columns() if column.fev is not None}
 
 Floats = NDArray[np.float64]
 

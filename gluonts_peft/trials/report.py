@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ..columns import score_columns
 from ..files import write_atomically
 from ..words import PROVEN, WORDS
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
@@ -167,14 +168,18 @@ class _View:
     """The rows of one kind of data as text."""
 
     COLUMNS = (*METRICS, COVERAGE, "seconds", "peak memory MB")
-    ERRORS = ("MSE", "MAE", "MAPE %", "DTW distance", "DTW path error", "quantile loss", "within 80 %")
+    ERRORS = (*(column.header for column in score_columns() if column.header is not None), "within 80 %")
     HEADERS = ("method", "verdict", f"{JUDGE} change", INTERVAL, *ERRORS, "parameters", "s", "MB", "handed over")
 
     def __init__(self, frame: pd.DataFrame) -> None:
         self.headers = list(self.HEADERS)
         self.basis = footnote(frame)
         self.errors = {method: row["error"] for method, row in frame.iterrows() if row["error"]}
-        scaled = {name: (100.0 if name in ("MAPE", COVERAGE) else 1.0) for name in self.COLUMNS}
+        scaled = {
+            **dict.fromkeys(self.COLUMNS, 1.0),
+            **{each.name: each.scale for each in score_columns()},
+            COVERAGE: 100.0,
+        }
         columns = []
         for name in self.COLUMNS:
             mean, std = frame[name] * scaled[name], frame[f"{name} std"] * scaled[name]

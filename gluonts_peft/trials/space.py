@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from ..columns import score_columns
 from ..errors import unknown
 from .baselinespec import BASELINE
 from .reading import mapping_of, read_yaml
@@ -600,9 +601,8 @@ def is_mutable(path: str) -> bool:
 
 def metric_columns() -> dict[str, str]:
     """Return the names that an objective can have, and the scores of the backtest behind them."""
-    from .report import METRICS
-
-    return {**METRICS, "MASE": "MASE[0.5]", **{column: column for column in (*METRICS.values(), "MASE[0.5]")}}
+    known = score_columns()
+    return {column.name: column.score for column in known} | {column.score: column.score for column in known}
 
 
 def load_search(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> SearchSpec:

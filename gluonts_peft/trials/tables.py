@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..columns import score_columns
 from ..words import PROVEN, WORSE
 from .baselinespec import BASELINE, NAIVE, STATISTICAL
 from .grid import STUDY, expand, read_study, trial_folder
@@ -25,14 +26,7 @@ from .strict import SpecError
 __all__ = ["COVERAGE", "JUDGE", "KINDS", "METRICS", "Row", "load_results", "rows_of", "table"]
 
 #: Columns of the table and the scores of :func:`gluonts_peft.backtest` behind them; lower is better in all of them.
-METRICS = {
-    "MSE": "MSE[0.5]",
-    "MAE": "MAE[0.5]",
-    "MAPE": "MAPE[0.5]",
-    "DTW": "DTW[0.5]",
-    "DTW path error": "DTWPathError[0.5]",
-    "quantile loss": "mean_weighted_sum_quantile_loss",
-}
+METRICS = {column.name: column.score for column in score_columns() if column.header is not None}
 COVERAGE = "coverage 80 %"
 #: What verdicts are about.
 JUDGE = "MAE"
