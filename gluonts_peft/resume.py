@@ -1,125 +1,149 @@
-"""Training checkpoints without pickle: one safetensors file whose header holds the rest as JSON.
-
-Lightning writes its checkpoints with ``torch.save``. This plugin writes the same nested state, tensors as tensors and
-everything else as JSON, in one file that appears under its name only when it is complete.
-"""
+"""Resuming a training run: where it starts, and whether a checkpoint belongs to it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from torch import Tensor
 
-from .checkpoint import save_tensors
-from .files import NewerFormat, check_regular, opened, parse_json, record, replacing
+# Re-exported: they were part of this module in 0.1.
+from .checkpoint_io import SafeCheckpointIO, read_checkpoint, write_checkpoint
 
-__all__ = ["SafeCheckpointIO", "read_checkpoint", "write_checkpoint"]
+if TYPE_CHECKING:
+    from .adapters.base import Adapter
+    from .backbone import Backbone
+    from .series.windows import Windows
+    from .training_options import TrainingOptions
 
-_KEY = "gluonts_peft_checkpoint"
+__all__ = [
+    "LAST",
+    "SafeCheckpointIO",
+    "describe_run",
+    "digest",
+    "read_checkpoint",
+    "starting_point",
+    "write_checkpoint",
+]
+
+#: Name of the checkpoint of a run in its folder.
+LAST = "last.ckpt"
 
 
-def write_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
-    """Write nested mappings, lists, tuples, numbers, strings and tensors to one file, atomically.
+def describe_run(
+    backbone: Backbone,
+    adapter: Adapter,
+    windows: Windows,
+    validation: Iterable[Mapping[str, Any]],
+    options: TrainingOptions,
+    *,
+    rate: float,
+    device: str,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return everything that decides the numbers of a run; a checkpoint of another run is not resumed.
 
-    Raises
-    ------
-    TypeError
-        If the state holds anything else; the message says where.
-    OSError
-        If the disk is full or the folder cannot be written; an earlier file of that name stays whole.
+    Parameters
+    ----------
+    backbone, adapter
+        What is trained.
+    windows
+        Where training windows are drawn from, before any were held out for scoring.
+    validation
+        Batches of validation windows.
+    options
+        How to train; of these, ``time_limit`` only decides how many numbers there are.
+    rate
+        Peak learning rate.
+    device
+        Type of the device.
+    **more
+        Further facts that decide numbers: JSON values.
     """
-    path = Path(path)
-    tensors: dict[str, Tensor] = {}
-    tree = _encode(state, tensors, "state")
-    with replacing(path) as partial:
-        save_tensors(tensors, partial, {_KEY: json.dumps(record({"state": tree}))})
+    decisive = {name: value for name, value in asdict(options).items() if name != "time_limit"}
+    return {
+        "adapter": adapter.spec,
+        "base": asdict(backbone.source),
+        "backbone_options": backbone.options,
+        "data": windows.store.fingerprint(),
+        "validation": digest(validation),
+        "windows": {
+            name: _plain(getattr(windows, name))
+            for name in ("context_length", "prediction_length", "min_context", "holdout", "seed")
+        },
+        "options": decisive | {"learning_rate": rate, "device": device},
+        **more,
+    }
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_checkpoint` wrote.
+def starting_point(
+    folder: Path | None, ckpt_path: str | Path | None, run: Mapping[str, Any]
+) -> tuple[Path | None, Path | None, Mapping[str, Any]]:
+    """Return where checkpoints are written, which one to start from, and the run that it belongs to.
+
+    Parameters
+    ----------
+    folder
+        Folder of checkpoints; None if none are written.
+    ckpt_path
+        A checkpoint to start from, or ``"last"``: that of `folder`, if there is one.
+    run
+        What :func:`describe_run` says of this run.
 
     Raises
     ------
-    FileNotFoundError
-        If there is no such file.
     ValueError
-        If the file is damaged or is not such a checkpoint. Pickled checkpoints are not read.
+        If the checkpoint belongs to another run, or the folder holds one that was not asked for.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).exists() or Path(path).is_dir():
-        raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
-    try:
-        check_regular(Path(path))
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_KEY)
-            if header is None:
-                raise ValueError(f"{str(path)!r} is a safetensors file, but not a training checkpoint")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{str(path)!r} is not a training checkpoint of this project, or is damaged: {error}"
-        ) from error
-    try:
-        tree = parse_json(header)
-        if isinstance(tree, dict) and "format" in tree:
-            tree = opened(tree)["state"]
-        state: dict[str, Any] = _decode(tree, tensors)
-        if not isinstance(state, dict):
-            raise TypeError(f"it holds a {type(state).__name__}, not a mapping")
-    except NewerFormat as error:
-        raise ValueError(f"{str(path)!r} was {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is a damaged training checkpoint: {error!r}") from error
-    return state
+    path = None if folder is None else folder / LAST
+    if ckpt_path == "last":
+        if path is None:
+            raise ValueError("ckpt_path 'last' needs the folder of the earlier run; name it as `folder`")
+        start = path if path.is_file() else None
+    else:
+        start = None if ckpt_path is None else Path(ckpt_path)
+        if path is not None and path.is_file() and not (start is not None and path.samefile(start)):
+            raise ValueError(
+                f"folder {str(folder)!r} already holds a training run; pass ckpt_path='last' to go on with it, or name"
+                " another folder"
+            )
+    earlier: Any = {}
+    if start is not None:
+        states = read_checkpoint(start).get("callbacks", {})
+        earlier = next((state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {})
+        # Records of 0.1.0 have neither arguments of the trainer nor a verdict.
+        compared = [name for name in run if name in earlier or name not in ("trainer", "verdict")]
+        if differing := [name for name in compared if _plain(earlier.get(name)) != _plain(run[name])]:
+            raise ValueError(
+                f"checkpoint {str(start)!r} belongs to another run: {', '.join(differing)} differ"
+                f" ({_first_difference(earlier, run, differing[0])})"
+            )
+    return path, start, earlier
 
 
-def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    if isinstance(value, Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu().contiguous().clone()
-        return {"tensor": name}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
+def digest(batches: Iterable[Mapping[str, Any]]) -> str:
+    """Return the SHA-256 of batches of arrays."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            digest.update(np.ascontiguousarray(batch[name]).data)
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {"dict": [[_encode(k, tensors, where), _encode(v, tensors, f"{where}.{k}")] for k, v in value.items()]}
-    if isinstance(value, list | tuple):
-        items = [_encode(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]
-        return {"tuple": items} if isinstance(value, tuple) else items
-    raise TypeError(f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings and containers")
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if isinstance(value, dict):
-        ((kind, content),) = value.items()
-        if kind == "tensor":
-            return tensors[content]
-        if kind == "tuple":
-            return tuple(_decode(item, tensors) for item in content)
-        return {_decode(k, tensors): _decode(v, tensors) for k, v in content}
-    return value
-
-
-class SafeCheckpointIO(CheckpointIO):  # type: ignore[misc]
-    """Lightning plugin: ``Trainer(plugins=[SafeCheckpointIO()])``."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint."""
-        write_checkpoint(checkpoint, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint. Tensors are on the CPU; Lightning moves them."""
-        return read_checkpoint(path)
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
+def _first_difference(earlier: Mapping[str, Any], run: Mapping[str, Any], name: str) -> str:
+    left, right = earlier.get(name), run[name]
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        key = next(key for key in {**right, **left} if _plain(left.get(key)) != _plain(right.get(key)))
+        return f"{key}: {left.get(key)!r} there, {right.get(key)!r} here"
+    return f"{left!r} there, {right!r} here"

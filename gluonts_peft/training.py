@@ -1,19 +1,18 @@
 """The fit loop on Lightning, and the zero-shot gate.
 
-Every random number of a step follows from the seed and the number of the step: the windows that are drawn, and dropout.
-So a run that was interrupted needs no state of its sampler, and ends with the same weights as an undisturbed one.
+All random numbers of a step, of sampled windows and of dropout, derive from the seed and the number of the step. So an
+interrupted run has no sampler state to restore, and ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +22,19 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from .deadline import Deadline, parse_time_limit
+from .checkpoint_io import SafeCheckpointIO
+from .deadline import Deadline
 from .features import FeatureCache, with_features
 from .heads import forecast_error
 from .keeper import Bar, Keeper, mixed
 from .noise import without_noise
+from .outcome import Fit, Gate, TuningDidNotHelp
 from .processes import keeping_handler
-from .resume import SafeCheckpointIO, read_checkpoint
+from .resume import LAST, describe_run, digest, starting_point
 from .series.windows import Windows
-from .trainer_kwargs import check_precision, check_trainer_kwargs, deciding, resolve_precision
-from .verdict import Verdict
+from .trainer_kwargs import check_trainer_kwargs, deciding, resolve_precision
+from .training_options import TrainingOptions, resolve_device
 from .weights import Snapshot
-from .words import BETTER, PROVEN
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
@@ -44,186 +44,26 @@ if TYPE_CHECKING:
 
     Loss = Callable[[Backbone, Mapping[str, Tensor]], Tensor]
 
-__all__ = ["Fit", "Gate", "TrainingOptions", "TuningDidNotHelp", "fit", "mean_loss", "resolve_device", "to_device"]
+__all__ = [
+    "LAST",
+    "Fit",
+    "Gate",
+    "TrainingOptions",
+    "TuningDidNotHelp",
+    "fit",
+    "mean_loss",
+    "resolve_device",
+    "to_device",
+]
 
 logger = logging.getLogger(__name__)
 
-LAST = "last.ckpt"
-# Between the adapter as it was attached and as an epoch leaves it: what may be handed over besides.
+# Weights between the adapter as attached (0) and after an epoch (1) that may be handed over as well.
 _WEIGHTS = (0.75, 0.5, 0.25)
-# Of families whose forecasts take a pass a step.
+# For families whose forecasts take a forward pass per step.
 _FEW_WEIGHTS = (0.5,)
-# A training step in forward passes of as many windows: a guess for before the first one.
+# Estimated cost of the first training step, in forward passes over as many windows.
 _STEP = 3.0
-
-
-class TuningDidNotHelp(UserWarning):  # noqa: N818
-    """There is no evidence on the validation windows that the tuned model is better than the pretrained one."""
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How to train.
-
-    Parameters
-    ----------
-    max_epochs
-        Epochs at most; each ends with a validation.
-    num_batches_per_epoch
-        Steps of an epoch; no more than it takes to draw as many windows as there are, so that few series are not
-        passed over more often than ``max_epochs`` times, with a validation after each.
-    batch_size
-        Windows a step.
-    learning_rate
-        Peak rate of AdamW; the adapter's own if None.
-    weight_decay
-        Of AdamW, on the adapter's parameters.
-    warmup
-        Share of all steps in which the rate rises linearly; then it falls by half a cosine to zero.
-    gradient_clip_val
-        Largest norm of the gradient; 0 means no limit.
-    patience
-        Epochs without a better validation loss after which training stops; 0 means never.
-    seed
-        Decides initialisation, windows and dropout.
-    device
-        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
-    precision
-        A precision of Lightning, or ``"auto"``: bfloat16 where a GPU has it, else float32. ``"16-mixed"`` needs a GPU.
-    time_limit
-        What training may take with all that belongs to it, verdict included; see
-        :func:`gluonts_peft.deadline.parse_time_limit`. It is kept in seconds. None means no limit. It decides when a
-        training ends, and no number before that: the rate falls as if it were trained for ``max_epochs``.
-    """
-
-    max_epochs: int = 10
-    num_batches_per_epoch: int = 50
-    batch_size: int = 32
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    warmup: float = 0.1
-    gradient_clip_val: float = 1.0
-    patience: int = 5
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    time_limit: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            # It would pass for 0 or 1.
-            if isinstance(value, bool) and name != "time_limit":
-                raise ValueError(f"{name} {value!r} is not a {'name' if name in ('device', 'precision') else 'number'}")
-        object.__setattr__(self, "time_limit", parse_time_limit(self.time_limit))
-        for name in ("max_epochs", "num_batches_per_epoch", "batch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not positive")
-        for name in ("weight_decay", "gradient_clip_val", "patience", "seed"):
-            value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"{name} {value} is negative")
-            if not value < math.inf:
-                raise ValueError(f"{name} {value} is not finite")
-        if self.seed >= 2**63:
-            raise ValueError(f"seed {self.seed} is too large; name one below 2**63")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate {self.learning_rate} is not positive")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup {self.warmup} is not a share of the training; name a number from 0 to below 1")
-        check_precision(self.precision)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of an uninterrupted run that does not stop early."""
-        return self.max_epochs * self.num_batches_per_epoch
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Scores of zero-shot and of the weights that are kept, on the same validation windows.
-
-    These windows have chosen the weights, so the tuned score is flattering; whether tuning helped is for the
-    :class:`~gluonts_peft.verdict.Verdict` to say, whose word stands here too.
-
-    Parameters
-    ----------
-    zero_shot, tuned
-        Mean score over the validation windows, before and after; lower is better. There is no score before where the
-        checkpoint brings no forecasting head.
-    windows
-        Number of validation windows.
-    measure
-        What is scored: ``"loss"``, the training loss of the family; ``"forecast error"`` where a new head took the
-        place of the model's own, so that their losses differ in kind, see :func:`gluonts_peft.heads.forecast_error`;
-        ``"score of all tasks"``, see :meth:`gluonts_peft.objectives.Joint.relative`.
-    verdict
-        The word of the verdict. None where there is none: in records before version 0.2, and where there is nothing
-        to compare with; then the two scores decide.
-    """
-
-    zero_shot: float | None
-    tuned: float
-    windows: int
-    measure: str = "loss"
-    verdict: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the tuned model is handed over."""
-        if self.verdict is not None:
-            return self.verdict in (PROVEN, BETTER)
-        return math.isfinite(self.tuned) if self.zero_shot is None else self.tuned < self.zero_shot
-
-    def __str__(self) -> str:
-        if self.zero_shot is None:
-            return (
-                f"no zero-shot forecast to compare with: validation {self.measure} {self.tuned:.5g}"
-                f" ({self.windows} windows)"
-            )
-        change = 100.0 * (self.tuned / self.zero_shot - 1.0) if self.zero_shot else math.nan
-        return (
-            f"{self.verdict or 'no verdict'}: validation {self.measure} {self.zero_shot:.5g} zero-shot,"
-            f" {self.tuned:.5g} tuned ({change:+.2f} %, {self.windows} windows, which chose the epoch)"
-        )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What a training run leaves behind, besides the adapter's weights."""
-
-    gate: Gate
-    epochs: int
-    steps: int
-    seconds: float
-    learning_rate: float
-    history: list[dict[str, float]] = field(default_factory=list)
-    # What the adapter found out, as its report() says.
-    report: dict[str, Any] = field(default_factory=dict)
-    # Of each task, its own loss before and after, where there were several.
-    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
-    # Did tuning help? None where there was nothing to compare with, and in records before version 0.2.
-    verdict: Verdict | None = None
-    # "time_limit" if the clock ended the training, so that a repetition need not give the same numbers.
-    stopped: str | None = None
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device that was asked for.
-
-    Raises
-    ------
-    ValueError
-        If it does not exist here; there is no fall-back to another one.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is unknown; name 'auto', 'cpu', 'cuda' or 'cuda:1'") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} does not exist; this machine has {torch.cuda.device_count()} CUDA devices")
-    return found
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
@@ -232,7 +72,7 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Tenso
 
 
 def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]], loss: Loss | None = None) -> float:
-    """Return the mean of the family's loss, or of another one, over validation batches."""
+    """Return the mean of the loss of the family, or of another loss, over validation windows."""
     mean = _Mean()
     with backbone.reading() as reader:
         for batch in batches:
@@ -241,7 +81,7 @@ def mean_loss(backbone: Backbone, batches: Iterable[Mapping[str, Any]], loss: Lo
 
 
 class _Mean:
-    """A mean over windows in double precision: the one that epochs and the gate are compared by."""
+    """A mean over windows in double precision, by which epochs and the gate are compared."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
@@ -296,7 +136,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         self._done = self.global_step
 
     def on_train_batch_end(self, *_: Any) -> None:
-        # Where gradients accumulate, an update comes after several batches.
+        # If gradients accumulate, an update comes after several batches.
         if self.global_step > self._done:
             self._done = self.global_step
             self.adapter.after_step(self._done - 1)
@@ -319,7 +159,7 @@ class _Module(pl.LightningModule):  # type: ignore[misc]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def train_dataloader(self) -> Any:
-        # The windows of a step are drawn in the step itself, from its number.
+        # The windows of a step are drawn in the step itself, by its number.
         return range(self.options.num_batches_per_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -361,7 +201,7 @@ def fit(
     deadline: Deadline | None = None,
     items: ItemJudge | None = None,
 ) -> Fit:
-    """Attach an adapter to a backbone and train it; the best weights are kept.
+    """Attach an adapter to a backbone, train it and keep the best weights.
 
     Parameters
     ----------
@@ -370,42 +210,42 @@ def fit(
     adapter
         Not attached yet.
     windows
-        Where training windows are drawn from. For an adapter that asks for ``scoring_windows``, windows at the ends of
-        its series are set apart, see :meth:`gluonts_peft.series.windows.Windows.hold_out`.
+        Training windows. For an adapter with ``scoring_windows``, windows at the ends of the series are held out, see
+        :meth:`gluonts_peft.series.windows.Windows.hold_out`.
     validation
         Batches of validation windows.
     options
         How to train.
     folder
-        Where checkpoints go, after each epoch; None means none are written.
+        Folder of the checkpoint that is written after each epoch; None writes none.
     ckpt_path
-        A checkpoint to go on from, or ``"last"``: that of ``folder``, if there is one.
+        A checkpoint to resume from, or ``"last"``: that of ``folder``, if there is one.
     progress
         Show a progress bar.
     trainer_kwargs
         Further arguments of ``lightning.pytorch.Trainer``, see :mod:`gluonts_peft.trainer_kwargs`; its ``callbacks``
         are added to ours.
     loss
-        Another loss than the family's own: takes the backbone and a batch, gives the loss of each window. It is known
-        again by its ``repr`` when a run is resumed. If it has an attribute ``history`` that is true, it judges the
-        history of a window and not only its label.
+        A loss to replace that of the family: maps the backbone and a batch to the loss of each window, shape
+        ``(batch,)``. It is identified by its ``repr`` when a run is resumed. A true attribute ``history`` says that it
+        depends on the history of a window, not only on the label.
     score
-        What the gate compares, lower is better, in place of the mean loss: called before the adapter is attached, and
-        after the training.
+        Score for the gate, lower is better, to replace the mean loss; called before the adapter is attached and after
+        training.
     judge
-        Scores each epoch on validation windows, unit by unit: the best weights are those with the lowest mean over
-        units, and ``Fit.verdict`` says what that is worth. If None, the mean loss of `validation` chooses an epoch.
+        Scores each epoch on validation windows, unit by unit: the best weights have the lowest mean over units, and
+        ``Fit.verdict`` says what that is worth. If None, the mean loss of `validation` chooses the epoch.
     interpolate
-        Let the judge choose among weights between the adapter as it was attached, which changes nothing, and as each
-        epoch leaves it; else among epochs alone. Has no effect with a new head, which begins at random.
+        Let the judge also choose weights between the adapter as attached, which changes nothing, and after an epoch;
+        else it chooses epochs only. Has no effect with a new head, which is initialised at random.
     deadline
-        When to be done; that of ``options.time_limit``, from now on, if None. Scores before tuning always come first. A
-        run that is gone on with has spent what its training took up to its last whole epoch. What the caller does
-        afterwards counts as the parts ``"after"`` and ``"calibration"``.
+        When to finish; ``options.time_limit`` from now if None. Zero-shot is scored first in any case. A resumed run
+        has used the time that its complete epochs took. Work that the caller does afterwards is budgeted as
+        ``"after"`` and ``"calibration"``.
     items
-        Lets items choose weights of their own, if there are weights to choose from: ``Fit.verdict.items`` says what
-        that is worth, and ``items.found`` has them. The adapter is left at the common weight: 0 if items have weights
-        of their own, and there is no evidence for all together.
+        Lets items choose their own weights, if there are weights to choose from: ``Fit.verdict.items`` says what that
+        is worth, and ``items.found`` holds them. The adapter is left at the common weight, which is 0 if items have
+        their own weights and there is no evidence over all items.
 
     Raises
     ------
@@ -417,7 +257,7 @@ def fit(
     check_trainer_kwargs(extra)
     adapter.require_trainable()
     backbone.to(device)
-    # Without a head there is no forecast to score; another loss need not be one of forecasts.
+    # Without a head there is no forecast to score; a given loss need not be one of forecasts.
     levels = adapter.head_levels
 
     def validate() -> float:
@@ -432,7 +272,7 @@ def fit(
     unknown = score is None and backbone.untrained and (loss is None or levels is not None)
     zero_shot = None if unknown else validate()
     validated = clock()
-    # Without a forecast before tuning there is nothing to compare with.
+    # Without a zero-shot forecast there is nothing to compare with.
     if unknown or (judge is not None and judge.forecasts and backbone.untrained):
         judge = None
     before = None if judge is None else judge.start(backbone)
@@ -457,25 +297,22 @@ def fit(
             adapter.score_on(
                 [to_device(batch, device) for batch in scoring], lambda batch: _losses(backbone, batch, loss)
             )
-        run = {
-            "adapter": adapter.spec,
-            "base": asdict(backbone.source),
-            "backbone_options": backbone.options,
-            "data": windows.store.fingerprint(),
-            "validation": _digest(validation),
-            "windows": {
-                name: _plain(getattr(given, name))
-                for name in ("context_length", "prediction_length", "min_context", "holdout", "seed")
-            },
-            "options": _deciding_options(options) | {"learning_rate": rate, "device": device.type},
+        run = describe_run(
+            backbone,
+            adapter,
+            given,
+            validation,
+            options,
+            rate=rate,
+            device=device.type,
             **({} if loss is None else {"loss": repr(loss)}),
-            **({} if not scoring else {"scoring": _digest(scoring)}),
-            "trainer": {"precision": precision, **deciding(extra)},
+            **({} if not scoring else {"scoring": digest(scoring)}),
+            trainer={"precision": precision, **deciding(extra)},
             **({} if judge is None else {"verdict": {"unit": judge.unit, "interpolate": interpolate}}),
-        }
-        path, start, earlier = _checkpoints(folder, ckpt_path, run)
+        )
+        path, start, earlier = starting_point(folder, ckpt_path, run)
         if start is not None and "verdict" not in earlier:
-            # Begun before there was a verdict: its first epochs were not judged, so it ends by the rule it began with.
+            # Started before there were verdicts: its first epochs were not judged, so the earlier rule still applies.
             judge = before = None
             run.pop("verdict", None)
         between: tuple[float, ...] = ()
@@ -488,7 +325,7 @@ def fit(
                 with deadline.measuring("pass"):
                     validate()
                 a_pass = deadline.cost("pass")
-            # What an epoch costs is not known before the first: these are passes over the same windows.
+            # The cost of an epoch is not known before the first; it is estimated from passes over the same windows.
             deadline.expect("batch", _STEP * a_pass * options.batch_size / max(count, 1))
             deadline.expect("epoch's end", a_pass + (judged - validated) * (1 + len(between)))
             share = 0.0 if items is None or judge is None else (len(between) + 3) * len(items) / max(judge.windows, 1)
@@ -500,10 +337,10 @@ def fit(
             callbacks.append(Bar(options.total_steps, repr(adapter)))
         kept: FeatureCache | None = None
         shown: Iterable[Mapping[str, Any]] = validation
-        # Another loss may look at other parts of a window than the features are made of.
+        # A given loss may depend on more of a window than the features do.
         caches = adapter.caches and loss is None
         if caches and deadline is not None:
-            # Without it the same windows are drawn, and their features computed step by step.
+            # Without the cache the same windows are drawn, and their features computed in each step.
             most = min(options.total_steps * options.batch_size, len(windows))
             deadline.expect("features", a_pass * most / max(count, 1))
             caches = deadline.fits("features", "features", "epoch's end", "end")
@@ -523,25 +360,7 @@ def fit(
         types = Snapshot(backbone)
         module = _Module(backbone, adapter, kept or windows, options, rate, updates, loss).train()
         with without_noise("lightning"):
-            trainer = pl.Trainer(
-                **{
-                    "accelerator": "gpu" if device.type == "cuda" else device.type,
-                    "devices": [device.index or 0] if device.type == "cuda" else 1,
-                    "precision": precision,
-                    "max_epochs": options.max_epochs,
-                    "limit_train_batches": options.num_batches_per_epoch,
-                    "gradient_clip_val": options.gradient_clip_val or None,
-                    "logger": False,
-                    "enable_checkpointing": False,
-                    "enable_progress_bar": False,
-                    "enable_model_summary": False,
-                    "num_sanity_val_steps": 0,
-                    "plugins": [SafeCheckpointIO()],
-                    "default_root_dir": folder,
-                    **extra,
-                },
-                callbacks=callbacks,
-            )
+            trainer = _trainer(device, precision, options, callbacks, folder, extra)
             batches = [to_device(batch, torch.device("cpu")) for batch in shown]
             loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
             try:
@@ -552,7 +371,7 @@ def fit(
                 if kept is not None:
                     kept.close()
     backbone.to(device).eval()
-    # A precision such as "bf16-true" has rounded the base, too; what is scored and handed over rests on the checkpoint.
+    # A precision such as "bf16-true" has rounded the base too; what is scored and handed over has its exact weights.
     types.restore_types()
     verdict = None if judge is None or before is None else judge.verdict(before, keeper.candidates)
     if keeper.weights:
@@ -563,7 +382,7 @@ def fit(
             weight = weight if items.found is None else common
         adapter.load_state_dict(keeper.weights if weight == 1.0 else mixed(keeper.start, keeper.weights, weight))
         adapter.finish()
-    # The same function scores both sides, so that they differ by the weights alone.
+    # The same function scores both, so that the scores differ by the weights alone.
     tuned = validate() if keeper.weights else math.inf
     gate = Gate(zero_shot, tuned, count, measure, None if verdict is None else verdict.word)
     return Fit(
@@ -579,68 +398,39 @@ def fit(
     )
 
 
-def _checkpoints(
-    folder: Path | None, ckpt_path: str | Path | None, run: Mapping[str, Any]
-) -> tuple[Path | None, Path | None, Mapping[str, Any]]:
-    """Return where checkpoints go, the one to start from, and what it says of its run."""
-    path = None if folder is None else folder / LAST
-    if ckpt_path == "last":
-        if path is None:
-            raise ValueError("ckpt_path 'last' needs the folder of the earlier run; name it as `folder`")
-        start = path if path.is_file() else None
-    else:
-        start = None if ckpt_path is None else Path(ckpt_path)
-        if path is not None and path.is_file() and not (start is not None and path.samefile(start)):
-            raise ValueError(
-                f"folder {str(folder)!r} already holds a training run; pass ckpt_path='last' to go on with it, or name"
-                " another folder"
-            )
-    earlier: Any = {}
-    if start is not None:
-        states = read_checkpoint(start).get("callbacks", {})
-        earlier = next((state["run"] for state in states.values() if isinstance(state, dict) and "run" in state), {})
-        # Records of 0.1.0 do not say how the trainer was told to compute, and know no verdict.
-        compared = [name for name in run if name in earlier or name not in ("trainer", "verdict")]
-        if differing := [name for name in compared if _plain(earlier.get(name)) != _plain(run[name])]:
-            raise ValueError(
-                f"checkpoint {str(start)!r} belongs to another run: {', '.join(differing)} differ"
-                f" ({_first_difference(earlier, run, differing[0])})"
-            )
-    return path, start, earlier
-
-
-def _deciding_options(options: TrainingOptions) -> dict[str, Any]:
-    """Return the options that decide numbers; a limit of time decides how many of them there are."""
-    return {name: value for name, value in asdict(options).items() if name != "time_limit"}
-
-
-def _digest(batches: Iterable[Mapping[str, Any]]) -> str:
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            digest.update(np.ascontiguousarray(batch[name]).data)
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return hashlib.sha256(np.ascontiguousarray(value).data).hexdigest()
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _first_difference(earlier: Mapping[str, Any], run: Mapping[str, Any], name: str) -> str:
-    left, right = earlier.get(name), run[name]
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        key = next(key for key in {**right, **left} if _plain(left.get(key)) != _plain(right.get(key)))
-        return f"{key}: {left.get(key)!r} there, {right.get(key)!r} here"
-    return f"{left!r} there, {right!r} here"
+def _trainer(
+    device: torch.device,
+    precision: Any,
+    options: TrainingOptions,
+    callbacks: list[Callback],
+    folder: Path | None,
+    extra: Mapping[str, Any],
+) -> pl.Trainer:
+    """Return a trainer that writes, shows and checks nothing of its own accord."""
+    return pl.Trainer(
+        **{
+            "accelerator": "gpu" if device.type == "cuda" else device.type,
+            "devices": [device.index or 0] if device.type == "cuda" else 1,
+            "precision": precision,
+            "max_epochs": options.max_epochs,
+            "limit_train_batches": options.num_batches_per_epoch,
+            "gradient_clip_val": options.gradient_clip_val or None,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "plugins": [SafeCheckpointIO()],
+            "default_root_dir": folder,
+            **extra,
+        },
+        callbacks=callbacks,
+    )
 
 
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch within the context and leave its global state as it was."""
+    """Seed torch within the context and restore its global state on exit."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -648,7 +438,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt: Lightning makes it a SystemExit and leaves the signal ignored."""
+    """Raise KeyboardInterrupt on Ctrl-C: Lightning raises SystemExit and leaves the signal ignored."""
     with keeping_handler(signal.SIGINT):
         try:
             yield
@@ -659,7 +449,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _leave_sigterm(trainer: pl.Trainer) -> None:
-    """Let SIGTERM do what it did before: Lightning would end the process with exit code 0, as if all were done."""
+    """Keep the handler of SIGTERM: that of Lightning ends the process with exit code 0, as if it had finished."""
     connector = trainer._signal_connector
     register = connector.register_signal_handlers
 

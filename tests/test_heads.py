@@ -22,9 +22,9 @@ import gluonts_peft.features
 from gluonts_peft import PeftPredictor, SeriesStore, Windows, get_adapter, get_estimator
 from gluonts_peft.adapters.base import AdapterError
 from gluonts_peft.backbone import Backbone, Source, Trajectories
+from gluonts_peft.checkpoint_io import read_checkpoint
 from gluonts_peft.features import FeatureCache
 from gluonts_peft.heads import KINDS, LEVELS, Head, forecast_error, standardise
-from gluonts_peft.resume import read_checkpoint
 from gluonts_peft.testing import Check, adapter_checks, parametrize_with_checks
 from gluonts_peft.testing.cases import label_of
 

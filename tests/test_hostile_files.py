@@ -20,10 +20,10 @@ from gluonts_peft.adapters.base import AdapterError
 from gluonts_peft.adapters.load import load_adapter
 from gluonts_peft.backbone import Backbone, load_backbone
 from gluonts_peft.checkpoint import CheckpointError
+from gluonts_peft.checkpoint_io import read_checkpoint
 from gluonts_peft.files import FolderInUse, NewerFormat, delivering, load_json, locked, opened, parse_json, parse_yaml
 from gluonts_peft.predictor import PeftPredictor, PredictorError
 from gluonts_peft.registry import families
-from gluonts_peft.resume import read_checkpoint
 from gluonts_peft.trials import load_study
 from gluonts_peft.trials.records import Journal, Record, read_search
 from gluonts_peft.trials.spec import TrialResult

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from gluonts_peft import PeftEstimator, TuningDidNotHelp, get_estimator
-from gluonts_peft.resume import read_checkpoint
+from gluonts_peft.checkpoint_io import read_checkpoint
 from gluonts_peft.training import LAST
 from gluonts_peft.trials.spec import TrainingSpec
 

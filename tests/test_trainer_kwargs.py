@@ -15,7 +15,7 @@ import torch
 
 from gluonts_peft import get_estimator
 from gluonts_peft.adapters.base import AdapterError
-from gluonts_peft.resume import read_checkpoint, write_checkpoint
+from gluonts_peft.checkpoint_io import read_checkpoint, write_checkpoint
 from gluonts_peft.trainer_kwargs import ACCEPTED, REFUSED, check_trainer_kwargs, deciding, resolve_precision
 from gluonts_peft.training import LAST, TrainingOptions
 

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from safetensors.torch import load_file
 
 from gluonts_peft import get_estimator
-from gluonts_peft.resume import read_checkpoint, write_checkpoint
+from gluonts_peft.checkpoint_io import read_checkpoint, write_checkpoint
 from gluonts_peft.training import Gate, TrainingOptions, resolve_device
 
 HYBRID = ["layernorm", {"name": "lora", "r": 1}]

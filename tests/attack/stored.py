@@ -101,7 +101,7 @@ def checkpoints(number: int, generator: np.random.Generator, folder: Path) -> st
     from gluonts_peft.registry import get_estimator
 
     if number % 7 == 6:
-        from gluonts_peft.resume import read_checkpoint
+        from gluonts_peft.checkpoint_io import read_checkpoint
 
         file = folder / "last.ckpt"
         shutil.copy(STORED / "training" / "last.ckpt", file)

@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from gluonts_peft import PeftPredictor, TuningDidNotHelp, backtest
+from gluonts_peft.checkpoint_io import read_checkpoint
 from gluonts_peft.cli import app
 from gluonts_peft.estimator import PeftEstimator
 from gluonts_peft.registry import get_estimator
-from gluonts_peft.resume import read_checkpoint
 from gluonts_peft.trials import (
     ClusterError,
     SearchSpec,

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from gluonts_peft.resume import SafeCheckpointIO, read_checkpoint, write_checkpoint
+from gluonts_peft.checkpoint_io import SafeCheckpointIO, read_checkpoint, write_checkpoint
 
 
 def assert_same(left: Any, right: Any) -> None:
