@@ -30,10 +30,10 @@ COLUMNS = [
     "MAE[0.5]",
     "MAPE[0.5]",
     "MASE[0.5]",
-    "mean_weighted_sum_quantile_loss",
-    *(f"coverage[{q}]" for q in QUANTILE_LEVELS),
     "DTW[0.5]",
     "DTWPathError[0.5]",
+    "mean_weighted_sum_quantile_loss",
+    *(f"coverage[{q}]" for q in QUANTILE_LEVELS),
 ]
 
 
