@@ -125,20 +125,6 @@ def _or_by_new_head(method: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
-# What this process keeps of checkpoints, if it keeps anything.
-_kept: Networks | None = None
-
-
-def keep_networks() -> None:
-    """From now on read each checkpoint once in this process.
-
-    Backbones then share the values of their base on the CPU, which nothing writes to. This is for workers that run one
-    trial after another.
-    """
-    global _kept
-    _kept = Networks() if _kept is None else _kept
-
-
 class Backbone(nn.Module, ABC):
     """A pretrained forecaster.
 
@@ -261,6 +247,7 @@ class Backbone(nn.Module, ABC):
         *,
         prediction_length: int,
         context_length: int | None = None,
+        networks: Networks | None = None,
         **options: Any,
     ) -> Self:
         """Load the weights and build the backbone.
@@ -273,6 +260,8 @@ class Backbone(nn.Module, ABC):
             Steps to forecast.
         context_length
             Steps of history that the model sees at most; the checkpoint's own length by default.
+        networks
+            Networks that were read before: a checkpoint among them is not read again, and shares its values on the CPU.
         **options
             Options of the family.
 
@@ -285,7 +274,7 @@ class Backbone(nn.Module, ABC):
         """
         parsed = parse(checkpoint, bundled=cls.bundled())
         folder, revision = cls.fetch(parsed)
-        network, digest = read_network(cls, folder) if _kept is None else _kept.get(cls, folder)
+        network, digest = read_network(cls, folder) if networks is None else networks.get(cls, folder)
         source = Source(cls.family, parsed.name, parsed.kind, revision, digest)
         try:
             backbone = cls.from_network(

@@ -40,6 +40,7 @@ from .verdict import UNITS, Judge
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
+    from .networks import Networks
 
 __all__ = ["PeftEstimator"]
 
@@ -223,6 +224,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         )
         # What a time limit is measured with.
         self.clock: Callable[[], float] = time.monotonic
+        # Networks to share with other estimators of this process, see `Networks`.
+        self.networks: Networks | None = None
         self.min_context = min_context
         self.validation_windows = validation_windows
         self.max_validation_windows = max_validation_windows
@@ -271,6 +274,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             self.checkpoint,
             prediction_length=self.prediction_length,
             context_length=self.context_length,
+            # Families that build their network otherwise need not know of it.
+            **({} if self.networks is None else {"networks": self.networks}),
             **self.backbone_options,
         )
 

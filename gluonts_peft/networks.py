@@ -1,4 +1,4 @@
-"""Networks read from checkpoint folders: checked, aligned in memory, and kept where a process wants many of one."""
+"""Reading networks from checkpoint folders: checked, aligned in memory, and shared by those who need many of one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SENSELESS = (
     RuntimeError,
     TypeError,
 )
-"""What libraries raise where a configuration makes no sense."""
+"""Errors that libraries raise if a configuration makes no sense."""
 
-# Of what torch allocates on the CPU.
+# Alignment of memory that torch allocates on the CPU, in bytes.
 _ALIGNMENT = 64
 
 
@@ -44,7 +44,7 @@ def read_network(family: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
     except (CheckpointError, ImportError, OSError):
         raise
     except Exception as error:
-        # Libraries believe what a configuration says, and fail in any way where it makes no sense.
+        # Libraries trust a configuration, and may raise anything if it makes no sense.
         raise CheckpointError(
             f"checkpoint folder {str(folder)!r} cannot be loaded by family {family.family!r}: {type(error).__name__}:"
             f" {error}; fetch it again"
@@ -53,13 +53,17 @@ def read_network(family: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
 
 
 class Networks:
-    """Networks by the folders that they came from, each read once as long as its files stay what they are."""
+    """Networks by the folders that they were read from, each read once as long as its files do not change.
+
+    For processes that train one adapter after another on the same base: handed to
+    :meth:`gluonts_peft.backbone.Backbone.from_checkpoint`, or set as the attribute ``networks`` of an estimator.
+    """
 
     def __init__(self) -> None:
         self._read: dict[Any, tuple[nn.Module, str]] = {}
 
     def get(self, family: type[Backbone], folder: Path) -> tuple[nn.Module, str]:
-        """Return as :func:`read_network` does; networks of one folder share their values, which nobody may write to."""
+        """Return the same as :func:`read_network`; networks of one folder share their values: change none in place."""
         files = sorted(path for path in folder.iterdir() if path.is_file())
         key = (family, *((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files))
         if key not in self._read:
@@ -75,10 +79,10 @@ class Networks:
 
 
 def _aligned(network: nn.Module) -> nn.Module:
-    """Move tensors that lie at odd addresses, as in a file that is mapped, into memory of torch's own.
+    """Copy tensors at unaligned addresses, as in a memory-mapped file, into memory that torch allocates.
 
-    On some processors products of matrices round differently there, so that a model and its copy would not agree bit
-    for bit.
+    On some processors matrix products round differently there, so that a model and its copy would not agree bit for
+    bit.
     """
     for tensor in (*network.parameters(), *network.buffers()):
         if tensor.data_ptr() % _ALIGNMENT:

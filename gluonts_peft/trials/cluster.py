@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from .spec import TrialResult, TrialSpec
 from .strict import SpecError
 
 if TYPE_CHECKING:
+    from ..networks import Networks
     from .grid import Executor
 
 __all__ = ["ClusterError", "check_nodes", "code_versions", "connected", "on_ray", "room", "shared_folder"]
@@ -357,19 +358,25 @@ def _probe(probes: str, mark: str, node: str, expected_text: str) -> list[str]:
     return faults
 
 
-def quiet_worker(cpus: float) -> None:
-    """Prepare a worker process: its share of the cores, one copy of the base, no message that each trial would say."""
+@cache
+def _networks() -> Networks:
+    """Return the networks of this worker process, in which Ray runs one trial after another."""
+    from ..networks import Networks
+
+    return Networks()
+
+
+def quiet_worker(cpus: float) -> Networks:
+    """Set the threads of a worker process and silence what each trial would repeat; return the networks to share."""
     import logging
     import warnings
 
     import torch
 
-    from ..backbone import keep_networks
-
-    keep_networks()
     torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS") or cpus)))
     logging.getLogger("gluonts_peft").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="Using `json`-module for json-handling")
+    return _networks()
 
 
 def whereabouts() -> dict[str, Any]:
@@ -441,5 +448,5 @@ def _cells(
 def _cell(spec: str, folder: str, cpus: float) -> str:
     from .grid import run_cell
 
-    quiet_worker(cpus)
-    return run_cell(TrialSpec(**json.loads(spec)), Path(folder)).model_dump_json()
+    networks = quiet_worker(cpus)
+    return run_cell(TrialSpec(**json.loads(spec)), Path(folder), networks).model_dump_json()

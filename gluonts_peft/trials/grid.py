@@ -30,6 +30,8 @@ from .studyspec import StudySpec
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from ..networks import Networks
+
 #: Runs trials in a folder, and says which are running.
 Executor = Callable[[list[TrialSpec], Path, Callable[[list[TrialSpec]], None]], Generator[TrialResult, None, None]]
 
@@ -300,11 +302,11 @@ def _check_unchanged(folder: Path, done: list[TrialResult]) -> None:
             )
 
 
-def run_cell(trial: TrialSpec, folder: Path) -> TrialResult:
+def run_cell(trial: TrialSpec, folder: Path, networks: Networks | None = None) -> TrialResult:
     from .run import run_trial
 
     try:
-        return run_trial(trial, trial_folder(folder, trial))
+        return run_trial(trial, trial_folder(folder, trial), networks=networks)
     except Exception as error:
         return failed_cell(trial, folder, f"{type(error).__name__}: {error}")
 

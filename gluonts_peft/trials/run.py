@@ -41,6 +41,7 @@ from .spec import TrialResult, TrialSpec
 
 if TYPE_CHECKING:
     from ..estimator import PeftEstimator
+    from ..networks import Networks
     from ..predictor import PeftPredictor
 
 __all__ = ["EXAMPLES", "WINDOWS", "check_baseline", "run_trial", "windows_file"]
@@ -73,6 +74,7 @@ def run_trial(
     progress: bool = False,
     evaluate: Evaluate | None = None,
     visible_context: int | None = None,
+    networks: Networks | None = None,
 ) -> TrialResult:
     """Tune, store and backtest as a spec says, and leave a result on disk.
 
@@ -95,6 +97,8 @@ def run_trial(
     visible_context
         Score only test series in which a model with so long a context sees a value before each window, so that trials
         with other contexts are scored on the same windows; the context of the trial if None.
+    networks
+        Networks to share with other trials of this process, so that each base is read once.
 
     Returns
     -------
@@ -130,7 +134,7 @@ def run_trial(
     elif spec.family == BASELINE:
         predictor, found = _train(spec, data, folder, progress)
     else:
-        predictor, found = _tune(spec, data, folder, progress, evaluate)
+        predictor, found = _tune(spec, data, folder, progress, evaluate, networks)
     if evaluate is not None:
         evaluate(predictor, None)
     remembered = _Remembered(predictor)
@@ -345,7 +349,12 @@ def _training_facts(predictor: PeftPredictor) -> dict[str, Any]:
 
 
 def _tune(
-    spec: TrialSpec, data: Data, folder: Path, progress: bool, evaluate: Evaluate | None
+    spec: TrialSpec,
+    data: Data,
+    folder: Path,
+    progress: bool,
+    evaluate: Evaluate | None,
+    networks: Networks | None,
 ) -> tuple[Predictor, dict[str, Any]]:
     """Return the trained predictor and what the result says about it."""
     estimator = get_estimator(spec.family)(
@@ -362,6 +371,7 @@ def _tune(
         progress=progress,
         trainer_kwargs=None if evaluate is None else {"callbacks": [_evaluation(evaluate, spec)]},
     )
+    estimator.networks = networks
     histories = None if spec.training.by is None else _histories(data.test, spec)
     with counted_not_logged():
         predictor = estimator.train(data.train, data.validation or None, ckpt_path="last", item_data=histories)

@@ -63,6 +63,8 @@ from .strict import SpecError
 if TYPE_CHECKING:
     from gluonts.model.predictor import Predictor
 
+    from ..networks import Networks
+
 __all__ = ["run_and_report", "search", "trial_key"]
 
 Report = Callable[[dict[str, Any]], None]
@@ -363,6 +365,7 @@ def run_and_report(
     replay: bool = False,
     where: Mapping[str, Any] | None = None,
     visible_context: int | None = None,
+    networks: Networks | None = None,
 ) -> None:
     """Run a trial, or go on with it, and report the objectives as they become known.
 
@@ -387,6 +390,8 @@ def run_and_report(
         Stored with each evaluation.
     visible_context
         See :func:`gluonts_peft.trials.run_trial`; of validation windows too.
+    networks
+        See :func:`gluonts_peft.trials.run_trial`.
     """
     from .run import PREDICTOR, run_trial
 
@@ -418,7 +423,7 @@ def run_and_report(
             tell(each["scores"], each["epochs"])
     if replay and record.final is None:
         return
-    run_trial(spec, folder, evaluate=evaluate, visible_context=visible_context)
+    run_trial(spec, folder, evaluate=evaluate, visible_context=visible_context, networks=networks)
     if record.final is None:
         from gluonts.model.predictor import Predictor
 
@@ -622,7 +627,7 @@ def _trainable(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
     from ray import tune
 
     proposal = config["proposal"]
-    quiet_worker(settings["cpus"])
+    networks = quiet_worker(settings["cpus"])
     folder, scheduler = Path(settings["folder"]), settings["scheduler"]
     number = _number(tune.get_context().get_trial_name())
     spec = TrialSpec(**merged(json.loads(proposal["spec"]), proposal["mutable"]))
@@ -662,6 +667,7 @@ def _trainable(config: dict[str, Any], settings: Mapping[str, Any]) -> None:
             replay=proposal["replay"],
             where=whereabouts(),
             visible_context=settings["context"],
+            networks=networks,
         )
     except ValueError as error:
         # What is wrong with the trial itself would be wrong the next time too.

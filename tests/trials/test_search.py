@@ -539,19 +539,18 @@ def test_a_search_imports_no_ray_unless_it_needs_it(python: Any) -> None:
 SHARED = """
 import json, sys
 from pathlib import Path
-from gluonts_peft.backbone import Backbone, keep_networks
+from gluonts_peft.networks import Networks
 from gluonts_peft.trials import TrialSpec, run_trial
 from gluonts_peft_chronos import ChronosEstimator
 
 backbone, loads = ChronosEstimator.backbone_class, []
 load = backbone.load_network.__func__
 backbone.load_network = classmethod(lambda cls, folder: (loads.append(folder), load(cls, folder))[1])
-if sys.argv[1] == "kept":
-    keep_networks()
+networks = Networks() if sys.argv[1] == "kept" else None
 scores = []
 for adapter in ("full", "bitfit", ["layernorm", "lora"], "fourierft", "none"):
     trial = TrialSpec(**{**json.loads(sys.argv[2]), "adapter": adapter})
-    scores.append(run_trial(trial, Path(sys.argv[3]) / str(adapter)).scores["MAE[0.5]"])
+    scores.append(run_trial(trial, Path(sys.argv[3]) / str(adapter), networks=networks).scores["MAE[0.5]"])
 print(json.dumps({"loads": len(loads), "scores": scores}))
 """
 
