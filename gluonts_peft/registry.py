@@ -1,9 +1,10 @@
-"""Families and adapters by name, found through entry points.
+"""Families, adapters, metrics and sources of data by name, found through entry points.
 
 A distribution offers a model family in the group ``gluonts_peft.estimators`` (a :class:`~gluonts_peft.PeftEstimator`
-class), an adapter in ``gluonts_peft.adapters`` (a callable ``**options -> Adapter``) and a metric in
-``gluonts_peft.metrics`` (a :class:`~gluonts_peft.columns.Column`). The core registers its own
-adapters in the same way. Listing reads metadata only; nothing is imported until it is asked for by name.
+class), an adapter in ``gluonts_peft.adapters`` (a callable ``**options -> Adapter``), a metric in
+``gluonts_peft.metrics`` (a :class:`~gluonts_peft.columns.Column`) and a source of data in ``gluonts_peft.datasets`` (a
+class over :class:`~gluonts_peft.trials.DataSpec`). The core registers its own adapters and sources in the same way.
+Listing reads metadata only; nothing is imported until it is asked for by name.
 
 >>> adapters.names()[:3]
 ['adalora', 'bitfit', 'c3a']
@@ -29,6 +30,7 @@ __all__ = [
     "Registry",
     "adapter_names",
     "adapters",
+    "datasets",
     "families",
     "get_estimator",
     "list_adapters",
@@ -136,6 +138,7 @@ def _owner(point: EntryPoint) -> tuple[str, str]:
 families = Registry("family", "gluonts_peft.estimators")
 adapters = Registry("adapter", "gluonts_peft.adapters")
 metrics = Registry("metric", "gluonts_peft.metrics")
+datasets = Registry("source", "gluonts_peft.datasets")
 
 
 def list_families() -> list[str]:

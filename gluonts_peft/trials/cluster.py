@@ -268,8 +268,8 @@ def _expected(trials: list[TrialSpec]) -> dict[str, Any]:
         f"data.{name} '{path}' is relative"
         for trial in trials
         for data in (trial.data, *trial.also.values())
-        for name, path in (("path", data.path), ("patients", data.patients))
-        if isinstance(path, str) and not Path(path).is_absolute()
+        for name, path in data.paths().items()
+        if not Path(path).is_absolute()
     }
     kinds = {(trial.family, trial.checkpoint): _kind(trial) for trial in trials if trial.family != BASELINE}
     relative |= {
@@ -298,9 +298,9 @@ def _kind(trial: TrialSpec) -> str:
 
 
 def code_versions(trials: Iterable[TrialSpec]) -> dict[str, str]:
-    """Return the versions of all that decides the numbers of some trials, plug-ins of the adapters included."""
+    """Return the versions of all that decides the numbers of some trials, plug-ins of adapters and sources included."""
     from ..adapters.base import versions
-    from ..registry import adapters, families
+    from ..registry import adapters, datasets, families
 
     trials = list(trials)
     parts = [
@@ -309,6 +309,8 @@ def code_versions(trials: Iterable[TrialSpec]) -> dict[str, str]:
     used = {part if isinstance(part, str) else part["name"] for part in parts}
     found = {e.distribution: e.version for e in adapters.describe() if e.name in used}
     found |= {e.distribution: e.version for e in families.describe() if e.name in {t.family for t in trials}}
+    sources = {data.source for trial in trials for data in (trial.data, *trial.also.values())}
+    found |= {e.distribution: e.version for e in datasets.describe() if e.name in sources}
     return {**versions(), **found}
 
 
@@ -346,7 +348,8 @@ def _probe(probes: str, mark: str, node: str, expected_text: str) -> list[str]:
             faults.append(f"data of source {data.source!r} cannot be read: {error}")
             continue
         if found != fingerprint:
-            faults.append(f"data of source {data.source!r} (path {data.path!r}) differ from the driver's")
+            where = "".join(f" ({name} {path!r})" for name, path in data.paths().items())
+            faults.append(f"data of source {data.source!r}{where} differ from the driver's")
     for family, name, fingerprint in expected["bases"]:
         try:
             found = base_fingerprint(family, name)

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from ..series.table import DataEntry, read_dataset, split_by_item
-from ..synthetic import sample_series
-from ..vitals import load_hourly, patient_of, simulate_vitals
-from ..vitals.hourly import hourly_units
-from ..vitals.output import WHOLE, find_manifest
+from ..series.table import DataEntry, split_by_item
 from .dataspec import DataSpec
 
 __all__ = ["Data", "deal", "load_data"]
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,8 +40,7 @@ def load_data(spec: DataSpec) -> Data:
     ValueError
         If the data cannot be read, or nothing is left.
     """
-    tables = [spec.path, spec.patients if isinstance(spec.patients, str) else None]
-    return _load(spec.model_dump_json(), *(_state(Path(table)) for table in tables if table is not None))
+    return _load(spec.model_dump_json(), *(_state(Path(path)) for path in spec.paths().values()))
 
 
 def _state(path: Path) -> tuple[Any, ...]:
@@ -65,16 +57,15 @@ def _state(path: Path) -> tuple[Any, ...]:
 def _load(text: str, *state: Any) -> Data:
     spec = DataSpec(**json.loads(text))
     # What only divides is not read for: the folds of a study share their series.
-    entries, units = _series(spec.model_copy(update=_UNDIVIDED).model_dump_json(), *state)
-    key = _key(spec)
-    # All units, also those that have nothing of this vital sign: a patient is in the same part for each.
+    entries, units, unit = _series(spec.model_copy(update=_UNDIVIDED).model_dump_json(), *state)
+    # All units, also those that have nothing of what is selected: a unit is in the same part whatever that is.
     part_of = {unit: part for part, those in enumerate(_divided(list(units), spec)) for unit in those}
     parts: tuple[list[DataEntry], ...] = ([], [], [])
     for entry in entries:
-        parts[part_of[key(str(entry["item_id"]))]].append(entry)
+        parts[part_of[spec.group_of(str(entry["item_id"]))]].append(entry)
     for name, share, part in zip(("training", "validation", "test"), spec.fractions, parts, strict=True):
         if share and not part:
-            having = len({key(str(entry["item_id"])) for entry in entries})
+            having = len({spec.group_of(str(entry["item_id"])) for entry in entries})
             where = "part" if spec.folds is None else f"part of fold {spec.fold}"
             remedy = (
                 f"other data.fractions than {spec.fractions}"
@@ -87,54 +78,19 @@ def _load(text: str, *state: Any) -> Data:
             )
     train, validation, test = parts
     train = _limited(train, spec)
-    # A name of an hourly table has two slashes where the patient is known.
-    stays = spec.source == "hourly" and entries[0]["item_id"].count("/") < 2
-    unit = "series" if spec.group == "item" else "stay" if stays else "patient"
     return Data(train, validation, test, unit, _fingerprint(train, validation, test))
 
 
-_UNDIVIDED: dict[str, Any] = {
-    "fractions": DataSpec.model_fields["fractions"].default,
-    "folds": None,
-    "fold": None,
-    "split_seed": 0,
-    "windows": 1,
-    "train_series": None,
-    "train_steps": None,
-    "season": None,
-}
-
-
-def _key(spec: DataSpec) -> Callable[[str], str]:
-    """Return what names the group of an item, which is never divided."""
-    return patient_of if spec.group == "patient" else str
+# What all sources have says how their series are used, but for what a group is.
+_UNDIVIDED = {name: field.default for name, field in DataSpec.model_fields.items() if name not in ("source", "group")}
 
 
 @lru_cache(maxsize=8)
-def _series(text: str, *_: Any) -> tuple[tuple[DataEntry, ...], tuple[str, ...]]:
-    """Read or simulate the series of a spec, and name all groups of its source."""
+def _series(text: str, *_: Any) -> tuple[tuple[DataEntry, ...], tuple[str, ...], str]:
+    """Return the series of a spec, the names of all groups of its source, and what a group is called."""
     spec = DataSpec(**json.loads(text))
-    vitals = ("hr", "map") if spec.vital is None else (spec.vital,)
-    if spec.source == "simulated":
-        assert isinstance(spec.patients, int)
-        entries = simulate_vitals(spec.patients, _set(spec.hours), seed=_set(spec.seed), vitals=vitals)
-    elif spec.source == "hourly":
-        table = None if spec.patients is None else str(spec.patients)
-        entries = load_hourly(_set(spec.path), min_hours=_set(spec.min_hours), vitals=vitals, patients=table)
-        units = hourly_units(_set(spec.path), table)
-    elif spec.source == "synthetic":
-        entries = _synthetic(_set(spec.series), _set(spec.steps), _set(spec.seed))
-    else:
-        _check_prepared(Path(_set(spec.path)), spec.group)
-        entries = read_dataset(_set(spec.path), freq=spec.freq)
-    key = _key(spec)
-    if spec.source != "hourly" or spec.group == "item":
-        units = sorted({key(str(entry["item_id"])) for entry in entries})
-    if spec.source == "file" and spec.vital is not None:
-        entries = [entry for entry in entries if str(entry["item_id"]).endswith(f"/{spec.vital}")]
-        if not entries:
-            raise ValueError(f"no item_id of '{spec.path}' ends in '/{spec.vital}'; name another data.vital, or none")
-    return tuple(entries), tuple(units)
+    entries = spec.load()
+    return tuple(spec.select(entries)), tuple(spec.units(entries)), spec.unit(entries)
 
 
 def _divided(units: list[str], spec: DataSpec) -> tuple[list[str], ...]:
@@ -189,35 +145,6 @@ def deal(units: Sequence[str], folds: int, seed: int = 0) -> dict[str, int]:
     return {unit: place * folds // len(order) for place, unit in enumerate(order)}
 
 
-def _check_prepared(path: Path, group: str | None) -> None:
-    """Refuse to divide prepared vital signs once more, or by anything but patients."""
-    found = find_manifest(path)
-    if found is None:
-        return
-    manifest, parts = found[0], found[1]["parts"]
-    if manifest.parent == path.absolute() and WHOLE not in parts:
-        raise ValueError(
-            f"path '{path}' holds vital signs that are divided already, into {', '.join(parts)}; trials divide by"
-            f" themselves: prepare them with --fractions '' and give the folder '{WHOLE}'"
-        )
-    if group != "patient":
-        raise ValueError(
-            f"path '{path}' holds prepared vital signs ('{manifest}'), several series of a patient, who would be in"
-            " several parts; write data.group: patient"
-        )
-
-
-def _synthetic(series: int, steps: int, seed: int) -> list[DataEntry]:
-    values = sample_series(np.random.default_rng(seed), series, steps)
-    start = pd.Period("2000-01-01 00:00", freq="h")
-    # What is missing everywhere is no series.
-    return [
-        {"start": start, "target": target, "item_id": f"synthetic-{number}"}
-        for number, target in enumerate(values)
-        if np.isfinite(target).any()
-    ]
-
-
 def _limited(train: list[DataEntry], spec: DataSpec) -> list[DataEntry]:
     """Leave out what a spec does not want to train on."""
     if spec.train_series is not None:
@@ -237,12 +164,6 @@ def _limited(train: list[DataEntry], spec: DataSpec) -> list[DataEntry]:
                 shortened.append({**entry, "target": target[..., gone:], "start": entry["start"] + gone})
         train = shortened
     return train
-
-
-def _set(value: T | None) -> T:
-    """Return an option that the normal form of its source has."""
-    assert value is not None
-    return value
 
 
 def _fingerprint(*parts: list[DataEntry]) -> str:

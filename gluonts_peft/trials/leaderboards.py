@@ -6,7 +6,7 @@
                         a half
 
 Intervals are 95 % bootstrap intervals over data sets: the quantiles of the score over data sets drawn with replacement.
-They say how much depends on which data sets were taken, not on which patients; of that, the verdicts tell.
+They say how much depends on which data sets were taken, not on which units; of that, the verdicts tell.
 
 References
 ----------
@@ -248,7 +248,7 @@ def _task(data: str, rows: Sequence[Row], folder: Path) -> dict[str, Any]:
     contexts = {result.spec.context_length for result in results}
     horizon, windows = spec.prediction_length, spec.data.windows
     return {
-        "dataset_path": spec.data.path or spec.data.source,
+        "dataset_path": next(iter(spec.data.paths().values()), spec.data.source),
         "dataset_config": data,
         "horizon": horizon,
         "num_windows": windows,

@@ -17,17 +17,18 @@ import pandas as pd
 from ..columns import score_columns
 from ..files import write_atomically
 from ..words import PROVEN, WORDS
+from .dataspec import DataSpec, doubt
 from .figures import draw_costs, draw_curve, draw_extremes, draw_forecasts, draw_parameters, html_figure
 from .grid import expand, read_study, trial_folder
 from .leaderboards import leaderboard_section
 from .reading import read_json
 from .sections import (
-    PLURAL,
     Section,
     curves_of,
     footnote,
     html_table,
     markdown_table,
+    plural,
     point_of,
     rank_section,
     sections_of,
@@ -156,12 +157,17 @@ def write_report(folder: str | Path) -> Path:
 def _where(trials: Iterable[TrialResult | TrialSpec]) -> str:
     """Say where the data are from, and whether anybody ever had them."""
     specs = [trial if isinstance(trial, TrialSpec) else trial.spec for trial in trials]
-    sources = sorted({spec.data.source for spec in specs})
-    made = [source for source in sources if source in ("simulated", "synthetic")]
-    if made == sources:
+    sources = {spec.data.source: spec.data for spec in specs}
+    made = sorted(name for name, data in sources.items() if data.made)
+    if len(made) == len(sources):
         return f"{' and '.join(made)} data"
-    names = sorted({Path(spec.data.path).name for spec in specs if spec.data.path})
+    names = sorted({_place(spec.data) for spec in specs if not spec.data.made})
     return "data: " + ", ".join([*names, *made])
+
+
+def _place(data: DataSpec) -> str:
+    """Return the name of the file that data are read from, first of all; of the source where there is none."""
+    return next((Path(path).name for path in data.paths().values()), data.source)
 
 
 class _View:
@@ -306,30 +312,27 @@ def _notes(results: list[TrialResult], expected: list[TrialSpec]) -> list[str]:
             mixed.setdefault(name, set()).add(version)
     if differing := [name for name, found in mixed.items() if len(found) > 1]:
         notes.append(f"Caution: the trials were not run with the same {', '.join(differing)}; see the end.")
-    if any(trial.data.source == "simulated" for trial in expected):
-        notes.append(
-            "The data are simulated: no patient ever had these values, and nothing clinical follows from them."
-        )
+    notes += dict.fromkeys(trial.data.caution for trial in expected if trial.data.caution)
     for unit in dict.fromkeys(result.unit() for result in finished):
-        note = f"Training, validation and test windows are of different {PLURAL[unit]}"
-        again = "; a patient may have several, in several parts" if unit == "stay" else ""
+        note = f"Training, validation and test windows are of different {plural(unit)}"
+        again = f"; {why}, in several parts" if (why := doubt(unit)) else ""
         notes.append(f"{note}{again}.")
     counts = sorted(
         {
-            f"{vital}: {found.get('windows')} windows of {found.get('series')} series"
+            f"{data}: {found.get('windows')} windows of {found.get('series')} series"
             + "".join(
                 f", {count} {reason.removeprefix('skipped_').replace('_', ' ')} left out"
                 for reason, count in found.items()
                 if reason.startswith("skipped_") and count
             )
-            for vital, found in counts_of(finished)
+            for data, found in counts_of(finished)
         }
     )
     if counts:
         notes.append(f"Scored: {'; '.join(counts)}.")
     unused = sorted(
         {
-            f"{count} {part} series of {result.spec.data.vital or 'all series'}"
+            f"{count} {part} series of {result.spec.data.label() or 'all series'}"
             for result in finished
             for part in ("training", "validation")
             if (count := result.counts.get(f"{part}_skipped"))
@@ -359,7 +362,7 @@ def _simpler(finished: list[TrialResult]) -> list[str]:
         for reason, how in SIMPLER.items():
             if count := result.counts.get(f"simpler_{reason}"):
                 whose = " ".join(filter(None, [BASELINES[result.spec.checkpoint], options and f"({options})"]))
-                key = f"{whose} {{}} windows of {result.spec.data.vital or 'all series'}", how
+                key = f"{whose} {{}} windows of {result.spec.data.label() or 'all series'}", how
                 found.setdefault(key, []).append((count, result.counts["windows"]))
     if not found:
         return []
@@ -559,7 +562,10 @@ def _html_appendix(study: StudySpec, results: list[TrialResult], expected: list[
         lines += ["<h3>Missing: not run yet</h3><ul>", *missing, "</ul>"]
     facts = [
         ("base weights", {f"{r.base['checkpoint']}: {r.base['fingerprint']}" for r in results if r.base}),
-        ("data", {f"{r.spec.data.vital or 'all series'}: {r.data_fingerprint}" for r in results if r.data_fingerprint}),
+        (
+            "data",
+            {f"{r.spec.data.label() or 'all series'}: {r.data_fingerprint}" for r in results if r.data_fingerprint},
+        ),
         ("versions", {f"{name} {version}" for r in results for name, version in r.versions.items()}),
         ("devices", {r.device for r in results if r.device}),
     ]

@@ -324,7 +324,7 @@ def _train(spec: TrialSpec, data: Data, folder: Path, progress: bool) -> tuple[P
 
 def _training_options(spec: TrialSpec) -> dict[str, Any]:
     """Return the options of the estimator that say how to train."""
-    unit = spec.training.verdict_unit or ("patients" if spec.data.group == "patient" else "series")
+    unit = spec.training.verdict_unit or ("series" if spec.data.group == "item" else "patients")
     return {**spec.training.model_dump(), "verdict_unit": unit}
 
 

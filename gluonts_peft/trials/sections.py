@@ -12,12 +12,13 @@ import pandas as pd
 
 from ..words import LEAST_CHANGE, LEAST_UNITS, LEVEL
 from .baselinespec import BASELINE
+from .dataspec import doubt
 from .figures import Curve
 from .grid import trial_folder
 from .identity import read_scores
 from .run import WINDOWS
 from .spec import TrialSpec, describe_adapter
-from .statistics import compare, mean_ranks, p_value, patient_errors
+from .statistics import compare, mean_ranks, p_value, unit_errors
 from .tables import (
     ADAPTER,
     BASELINES,
@@ -170,7 +171,7 @@ def tests_of(rows: list[Row], folder: Path) -> pd.DataFrame:
             for row in own:
                 those = [result for result in row.finished if not name or name in result.spec.also]
                 unit = those[0].unit(name) if those else unit
-                series = patient_errors(those, folder, METRICS[JUDGE], name)
+                series = unit_errors(those, folder, METRICS[JUDGE], name)
                 if len(series):
                     errors[row.method] = series
             for kind in (ZERO_SHOT, FULL):
@@ -179,7 +180,7 @@ def tests_of(rows: list[Row], folder: Path) -> pd.DataFrame:
                     test = vars(each) | {"change %": each.change, "low %": each.low, "high %": each.high}
                     where = {"data": data, "scored on": name or data, "against": kind, "unit": unit}
                     score = f"{JUDGE} on {name}" if name else JUDGE
-                    sentence = f"{each.verdict}, {each.evidence(score, PLURAL[unit])}"
+                    sentence = f"{each.verdict}, {each.evidence(score, plural(unit))}"
                     found.append(where | test | {"verdict": each.verdict, "sentence": sentence})
     columns = ["data", "scored on", "against", "method", "reference", "verdict", "change %", "low %", "high %", "units"]
     frame: pd.DataFrame = pd.DataFrame(found, columns=[*columns, "unit", "share_better", "p", "adjusted", "sentence"])
@@ -219,11 +220,11 @@ def _test_section(name: str, frame: pd.DataFrame, tests: pd.DataFrame) -> Sectio
         row.append(mean_and_std(float(frame[column][method]), float(frame[f"{column} std"][method]), decimals))
         cells.append(row)
     over = " or ".join(str(count) for count in sorted(set(tests["units"])))
-    unit = next(iter(tests["unit"]), "patient")
-    headers = [f"{JUDGE} change", INTERVAL, f"{PLURAL[unit]} better", "p"]
+    units = plural(next(iter(tests["unit"]), "series"))
+    headers = [f"{JUDGE} change", INTERVAL, f"{units} better", "p"]
     return Section(
         f"Forgetting: error on {name}, which was not trained on" if name else "What the verdicts rest on",
-        f"Of {over} test {PLURAL[unit]}, as said above. {PLURAL[unit].capitalize()} better: share with a smaller error"
+        f"Of {over} test {units}, as said above. {units.capitalize()} better: share with a smaller error"
         " than the reference. p: one-sided, in the direction of the change, with Holm's correction over the column.",
         ["method", "against zero-shot", *headers, "against full tuning", *headers, column],
         cells if len(tests) else [],
@@ -237,14 +238,14 @@ def footnote(frame: pd.DataFrame) -> str:
     if known.empty:
         return "Without the scores of windows, and zero-shot's beside them, there are no verdicts."
     over, unit = " or ".join(f"{count:.0f}" for count in sorted(set(known["units"]))), known["unit"].iloc[0]
-    units = PLURAL[unit]
+    units = plural(unit)
     folds = max(frame["folds"])
     split = (
         f"Each of the {units} is tested once, in one of {folds:.0f} folds, by models that were not trained on it."
         if folds
         else f"One split into training and test {units} lies under all of it."
     )
-    caution = " A patient may have several: the test takes them to be independent." if unit == "stay" else ""
+    caution = f" {why.capitalize()}: the test takes them to be independent." if (why := doubt(unit)) else ""
     return (
         f"Verdicts and intervals are of {over} test {units}. Errors of windows are averaged within a {unit}, each seed"
         f" alike; the change is that of the mean over {units}. Proven: at most {LEAST_CHANGE:g} %, at least"
@@ -255,8 +256,9 @@ def footnote(frame: pd.DataFrame) -> str:
     )
 
 
-#: Of what was never divided (``TrialResult.units``).
-PLURAL = {"patient": "patients", "stay": "stays", "series": "series"}
+def plural(unit: str) -> str:
+    """Return the plural of what was never divided (``TrialResult.units``)."""
+    return unit if unit.endswith("s") else f"{unit}s"
 
 
 def _changed_windows(rows: list[Row], folder: Path) -> Section | None:

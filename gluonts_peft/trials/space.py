@@ -653,6 +653,8 @@ def search_schema() -> dict[str, Any]:
     trial = TrialSpec.model_json_schema()
     schema["$defs"].update(trial.pop("$defs"))
     schema["$defs"]["TrialSpec"] = trial
+    schema["$defs"]["DataSpec"] = trial["properties"]["data"]
+    trial["properties"]["data"] = trial["properties"]["also"]["additionalProperties"] = {"$ref": "#/$defs/DataSpec"}
     properties = schema["properties"]
     properties["base"] = {"$ref": "#/$defs/TrialSpec"}
     properties["objective"] = {"anyOf": [{"type": "string"}, properties["objective"]], "default": "MAE"}

@@ -24,7 +24,7 @@ from ..registry import Registry, adapters, families
 from ..trainer_kwargs import check_precision
 from ..verdict import Verdict
 from .baselinespec import BASELINE, BOOSTED, NAIVE, TRAINED, check_baseline
-from .dataspec import OWN_OPTIONS, DataSpec
+from .dataspec import DataSpec, switched
 from .reading import from_record
 from .strict import SpecError, StrictSpec, with_options
 
@@ -47,8 +47,8 @@ class TrainingSpec(StrictSpec):
     """How to train: the arguments of :class:`gluonts_peft.PeftEstimator` of the same names, with its defaults.
 
     ``calibrate`` counts for zero-shot too, so that both are compared as they would be handed over. A ``time_limit`` is
-    kept in seconds; what it ends is not reproducible. ``verdict_unit`` None is ``"patients"`` where ``data.group`` is
-    ``"patient"``, else ``"series"``. With ``by``, test series choose their weights by what lies before their first test
+    kept in seconds; what it ends is not reproducible. ``verdict_unit`` None is ``"patients"`` where groups of series
+    are divided, else ``"series"``. With ``by``, test series choose their weights by what lies before their first test
     window.
     """
 
@@ -193,10 +193,8 @@ class TrialSpec(StrictSpec):
             if (data.folds, data.fold) not in ((None, None), own):
                 raise ValueError(f"also.{name}: folds and fold are those of data, for further data too; drop them")
         divided = {} if own == (None, None) else {"folds": own[0], "fold": own[1]}
-        self._set("also", {name: DataSpec(**data.normal_form() | divided) for name, data in self.also.items()})
-        for data in self.also.values():
-            if (data.source, data.path, data.patients) == (self.data.source, self.data.path, None):
-                data._set("patients", self.data.patients)
+        also = {name: DataSpec(**data.normal_form() | divided) for name, data in self.also.items()}
+        self._set("also", {name: data.like(self.data) for name, data in also.items()})
         if not self.trains:
             self._set("data", self.data.model_copy(update=untrained))
         return self
@@ -213,15 +211,15 @@ class TrialSpec(StrictSpec):
 
     def name(self) -> str:
         """Return a short name for people; it need not be unique."""
-        vital = [self.data.vital] if self.data.vital else []
+        label = self.data.label()
         fold = [] if self.data.fold is None else [f"fold {self.data.fold}"]
         if self.family == BASELINE:
             seed = [f"seed {self.seed}"] if self.trains else []
-            return " ".join([self.checkpoint, *vital, *seed, *fold])
+            return " ".join(filter(None, [self.checkpoint, label, *seed, *fold]))
         adapter = describe_adapter(self.adapter)
         if self.ensemble is not None:
             adapter += f" with weight {self.ensemble:g}"
-        return " ".join([self.checkpoint, adapter, *vital, f"seed {self.seed}", *fold])
+        return " ".join(filter(None, [self.checkpoint, adapter, label, f"seed {self.seed}", *fold]))
 
 
 class TrialResult(StrictSpec):
@@ -268,8 +266,8 @@ class TrialResult(StrictSpec):
     also_fingerprints
         The same of each of ``TrialSpec.also``, by its name.
     units
-        What was never divided between the parts, ``"patient"``, ``"stay"`` (of which a patient may have several, in
-        several parts) or ``"series"``: of the trial's own data under ``""``, of ``TrialSpec.also`` by its name.
+        What was never divided between the parts, as the source calls it (:meth:`DataSpec.unit`): ``"series"``,
+        ``"patient"``, ...; of the trial's own data under ``""``, of ``TrialSpec.also`` by its name.
     versions
         Of everything that decides the numbers.
     """
@@ -308,9 +306,8 @@ class TrialResult(StrictSpec):
     def unit(self, name: str = "") -> str:
         """Return what was never divided in the trial's own data, or in further ones; see ``units``."""
         data = self.spec.also[name] if name else self.spec.data
-        # Results of earlier versions do not say it; they knew the patients of no hourly table.
-        earlier = "series" if data.group == "item" else "stay" if data.source == "hourly" else "patient"
-        return self.units.get(name, earlier)
+        # Results of earlier versions do not say it.
+        return self.units.get(name) or data.unit()
 
     def write(self, folder: Path) -> None:
         """Write ``result.json`` into a folder, whole or not at all."""
@@ -346,9 +343,8 @@ def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
     form: dict[str, Any] = copy.deepcopy(dict(base))
     source = values.get("data.source")
     data = form.get("data")
-    if source is not None and isinstance(data, dict) and data.get("source", "simulated") != source:
-        foreign = {"path"}.union(*(options for name, options in OWN_OPTIONS.items() if name != source))
-        form["data"] = {key: value for key, value in data.items() if key not in foreign}
+    if source is not None and isinstance(data, dict):
+        form["data"] = switched(data, source)
     for path in sorted(values, key=lambda path: path.count(".")):
         *parents, last = path.split(".")
         place = form

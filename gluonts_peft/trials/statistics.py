@@ -1,8 +1,8 @@
-"""Whether methods are better than what they are compared with: verdicts over patients, and ranks over data sets.
+"""Whether methods are better than what they are compared with: verdicts over units, and ranks over data sets.
 
-The unit is what was never divided between training and test: the patient, the stay where the patients of an hourly
-table are not known, or the series. Errors of windows are averaged within a unit and over seeds, each seed alike, before
-any test, so that neither many windows of one patient nor many seeds of one method look like much evidence. Test,
+The unit is what was never divided between training and test: a group of series, as those of a patient, or the
+series. Errors of windows are averaged within a unit and over seeds, each seed alike, before
+any test, so that neither many windows of one unit nor many seeds of one method look like much evidence. Test,
 thresholds and words are those of :mod:`gluonts_peft.verdict`.
 """
 
@@ -18,14 +18,13 @@ import numpy as np
 import pandas as pd
 
 from ..verdict import Floats, flip_test
-from ..vitals import patient_of
 from ..words import LEAST_UNITS, LEVEL, counted, evidence, word_of
 from .grid import trial_folder
 from .identity import read_scores
 from .run import windows_file
 from .spec import TrialResult
 
-__all__ = ["Comparison", "against_zero_shot", "compare", "holm", "mean_ranks", "p_value", "patient_errors"]
+__all__ = ["Comparison", "against_zero_shot", "compare", "holm", "mean_ranks", "p_value", "unit_errors"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Comparison:
     method, reference
         Their names.
     units
-        Patients, stays or series that both have an error of.
+        Units that both have an error of.
     change
         Mean difference of the error over units, in per cent of the reference's mean; below 0 is better. NaN if that
         mean is 0, or with fewer than two units.
@@ -84,8 +83,8 @@ def p_value(p: float) -> str:
     return "–" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, name: str = "") -> pd.Series:
-    """Return the error of each patient, over its windows and over trials that differ in their seed or fold.
+def unit_errors(results: Iterable[TrialResult], folder: Path, metric: str, name: str = "") -> pd.Series:
+    """Return the error of each unit, over its windows and over trials that differ in their seed or fold.
 
     Parameters
     ----------
@@ -101,7 +100,7 @@ def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, na
     Returns
     -------
     pandas.Series
-        Patient -> mean error; empty where no trial has left its windows.
+        Unit -> mean error; empty where no trial has left its windows.
     """
     of: dict[int | None, list[pd.Series]] = {}
     for result in results:
@@ -110,8 +109,8 @@ def patient_errors(results: Iterable[TrialResult], folder: Path, metric: str, na
         if path.is_file():
             windows = read_scores(path, columns=["item_id", metric])
             items = windows["item_id"].astype(str)
-            groups = items.map(patient_of) if data.group == "patient" else items
-            of.setdefault(data.fold, []).append(windows[metric].groupby(groups.to_numpy()).mean())
+            groups = items.map(data.group_of).to_numpy()
+            of.setdefault(data.fold, []).append(windows[metric].groupby(groups).mean())
     if not of:
         return pd.Series(dtype=float)
     # Nobody is tested on two folds.
@@ -125,7 +124,7 @@ def compare(errors: Mapping[str, pd.Series], references: Mapping[str, str]) -> l
     Parameters
     ----------
     errors
-        Method -> error of each patient.
+        Method -> error of each unit.
     references
         Method -> the method that it is compared with.
 

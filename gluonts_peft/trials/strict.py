@@ -44,7 +44,7 @@ class StrictSpec(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise SpecError(type(self).__name__.removesuffix("Spec").lower(), _faults(type(self), error)) from None
+            raise SpecError(self.called(), _faults(type(self), error, values)) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -60,6 +60,21 @@ class StrictSpec(BaseModel):
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    @classmethod
+    def called(cls) -> str:
+        """Return what messages call such a thing."""
+        return cls.__name__.removesuffix("Spec").lower()
+
+    @classmethod
+    def checking(cls, values: Any) -> type[StrictSpec]:
+        """Return the class that checks some values: this one, or one of those that it stands for."""
+        return cls
+
+    @classmethod
+    def unknown_option(cls, name: str, value: Any) -> str:
+        """Return the sentence for an option that the class does not have."""
+        return unknown("option", name, cls.model_fields)
 
     def normal_form(self) -> dict[str, Any]:
         """Return the spec as JSON values, all defaults spelled out."""
@@ -84,7 +99,7 @@ def with_options(kind: str, value: Mapping[Any, Any], normal: Callable[[str], An
     return {"name": name, **{key: options[key] for key in sorted(options)}} if options else name
 
 
-def _faults(model: type[BaseModel], error: ValidationError) -> list[str]:
+def _faults(model: type[StrictSpec], error: ValidationError, values: Mapping[str, Any]) -> list[str]:
     faults = []
     for item in error.errors():
         path = ".".join(str(part) for part in item["loc"])
@@ -92,7 +107,7 @@ def _faults(model: type[BaseModel], error: ValidationError) -> list[str]:
         if item["type"] == "extra_forbidden":
             *parents, key = item["loc"]
             where = f"{'.'.join(map(str, parents))}: " if parents else ""
-            faults.append(where + unknown("option", key, _fields_at(model, parents)))
+            faults.append(where + _model_at(model, parents, values).unknown_option(str(key), item["input"]))
         elif item["type"] == "missing":
             faults.append(f"{path} is missing")
         elif isinstance(cause, SpecError):
@@ -104,13 +119,15 @@ def _faults(model: type[BaseModel], error: ValidationError) -> list[str]:
     return faults
 
 
-def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    for part in location:
-        # Names of a mapping lead to what its values are.
-        inner = model.model_fields[part].annotation if part in model.model_fields else model
+def _model_at(model: type[StrictSpec], location: Sequence[Any], values: Any) -> type[StrictSpec]:
+    """Return the class that has checked what lies at a place in some values."""
+    parts = iter(location)
+    for part in parts:
+        inner, values = model.model_fields[part].annotation, values[part]
         if get_origin(inner) is dict:
-            inner = get_args(inner)[1]
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            # The names of a mapping lead to what its values are.
+            inner, values = get_args(inner)[1], values[next(parts)]
+        if not (isinstance(inner, type) and issubclass(inner, StrictSpec)):
             break
-        model = inner
-    return list(model.model_fields)
+        model = inner.checking(values)
+    return model

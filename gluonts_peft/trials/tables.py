@@ -231,7 +231,8 @@ def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
         list(forms.values()),
         lambda path: (path.startswith("data.") and path not in (*_LIMITS, "data.fold")) or path in _LENGTHS,
     )
-    data_paths.sort(key=lambda path: path != "data.vital")
+    labels = {f"data.{trial.data.label_option}" for trial in trials}
+    data_paths.sort(key=lambda path: path not in labels)
     model_paths = _varying(models, lambda path: path.split(".")[0] in _MODEL_PATHS)
     training_paths = _varying(tuned, lambda path: path.startswith("training.") or path in _LIMITS)
     # Each against its own kind: another's options, or its lack of them, say nothing.
@@ -244,7 +245,9 @@ def rows_of(results: list[TrialResult], expected: list[TrialSpec]) -> list[Row]:
     row_of: dict[str, Row] = {}
     for trial in trials:
         form = forms[trial.hash()]
-        data = _describe(form, data_paths, plain="data.vital") or trial.data.vital or "all series"
+        data = (
+            _describe(form, data_paths, plain=f"data.{trial.data.label_option}") or trial.data.label() or "all series"
+        )
         model, rest = ("" if trial.family == BASELINE else _describe(form, model_paths)), ""
         if trial.family == BASELINE:
             rest = _describe(form, baseline_paths[trial.checkpoint])
@@ -369,7 +372,7 @@ def counts_of(results: Iterable[TrialResult]) -> list[tuple[str, dict[str, int]]
     for result in results:
         form = result.spec.normal_form()
         form["data"].pop("fold", None)
-        name = result.spec.data.vital or "all series"
+        name = result.spec.data.label() or "all series"
         of.setdefault(json.dumps(form), (name, Counter()))[1].update(result.counts)
     return [(name, dict(counts)) for name, counts in of.values()]
 

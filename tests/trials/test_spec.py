@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import inspect
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from gluonts_peft import list_adapters, list_families
+from gluonts_peft.registry import datasets
 from gluonts_peft.trials import SpecError, StudySpec, TrainingSpec, TrialResult, TrialSpec, expand, load_study
 from gluonts_peft.trials.baselinespec import BOOSTED, NAIVE, STATISTICAL, TRAINED, missing_package
 from gluonts_peft.trials.dataspec import DataSpec
@@ -24,9 +27,10 @@ TRIAL_FIELDS = (
     " training"
 )
 DATA_FIELDS = (
-    "fold, folds, fractions, freq, group, hours, min_hours, path, patients, season, seed, series, source, split_seed,"
-    " steps, train_series, train_steps, vital, windows"
+    "fold, folds, fractions, group, hours, patients, season, seed, source, split_seed, train_series, train_steps,"
+    " vital, windows"
 )
+SOURCES = ", ".join(datasets.names())
 BASELINES = ", ".join(sorted([*NAIVE, *STATISTICAL, *BOOSTED, *TRAINED]))
 ROOT = Path(__file__).parents[2]
 
@@ -58,16 +62,25 @@ def exactly(message: str) -> str:
         ({"checkpoint": False}, "checkpoint: false is neither a number nor a name"),
         ({"data": {"source": "hourly"}}, "data: source 'hourly' needs a path; name the file as data.path"),
         ({"data": {"source": "file", "path": "x", "patients": 5}},
-         "data: patients 5 belongs to source 'simulated', not to 'file'; drop it"),
-        ({"data": {"patients": 0}},
-         "data.patients: 0 is neither a number of patients (simulated) nor the path of a table (hourly)"),
+         "data: patients 5 belongs to source 'hourly' or 'simulated', not to 'file'; drop it, or name that source"),
+        ({"data": {"patients": 0}}, "data.patients: 0 is no number of patients; give a whole number from 1"),
+        ({"data": {"patients": True}}, "data.patients: True is no number of patients; give a whole number from 1"),
         ({"data": {"patients": "x.csv"}},
-         "data: patients 'x.csv' is not for source 'simulated'; give a number of patients, or drop it"),
+         "data.patients: 'x.csv' is no number of patients; give one, or name source 'hourly' for a table"),
         ({"data": {"source": "hourly", "path": "x", "patients": 5}},
-         "data: patients 5 is not for source 'hourly'; give the path of a table that says whose the stays are, or drop"
-         " it"),
+         "data.patients: 5 is no path of a table that maps stays to patients; give one, or name source 'simulated' for"
+         " a number of them"),
         ({"data": {"path": "x.csv"}},
-         "data: path 'x.csv' has no use for source 'simulated'; name source 'hourly' or 'file'"),
+         "data: path 'x.csv' belongs to source 'file' or 'hourly', not to 'simulated'; drop it, or name that source"),
+        ({"data": {"source": "hourley"}},
+         f"data: source 'hourley' is unknown; did you mean 'hourly'? known: {SOURCES}"),
+        ({"also": {"x": {"source": ["file"]}}},
+         f"also.x: source ['file'] is unknown; did you mean 'file'? known: {SOURCES}"),
+        ({"data": 5}, "data: 5 is not a mapping of options"),
+        # A name that is one of the data's options, too.
+        ({"also": {"windows": {"source": "file", "path": "x", "frek": 1}}},
+         "also.windows: option 'frek' is unknown; did you mean 'freq'? known: fold, folds, fractions, freq, group,"
+         " path, season, source, split_seed, train_series, train_steps, vital, windows"),
         ({"data": {"fractions": [0.5, 0.1, 0.1]}},
          "data: fractions (0.5, 0.1, 0.1) must be shares of training, validation and test that add up to 1, training"
          " and test above 0, as (0.7, 0.1, 0.2) are"),
@@ -88,9 +101,10 @@ def exactly(message: str) -> str:
          f"also.x: option 'patiens' is unknown; did you mean 'patients'? known: {DATA_FIELDS}"),
         ({"also": {"a/b": {}}}, "also: name 'a/b' must be there and hold no '/'"),
         ({"data": {"source": "synthetic", "hours": 3}},
-         "data: hours 3 belongs to source 'simulated', not to 'synthetic'; drop it"),
+         "data: hours 3 belongs to source 'simulated', not to 'synthetic'; drop it, or name that source"),
         ({"data": {"source": "synthetic", "vital": "hr"}},
-         "data: vital 'hr' is of no use: source 'synthetic' has no vital signs; drop it"),
+         "data: vital 'hr' belongs to source 'file', 'hourly' or 'simulated', not to 'synthetic'; drop it, or name that"
+         " source"),
         ({"family": "baseline", "checkpoint": "last_value"},
          "adapter 'lora' cannot tune a baseline; write adapter 'none'"),
     ],
@@ -251,6 +265,13 @@ def test_another_source_drops_the_options_of_the_old_one(study_file: Path) -> No
     study = load_study(study_file, {"data.source": "hourly", "data.path": "stays.parquet"})
     data = expand(study)[0].data
     assert (data.source, data.path, data.patients, data.min_hours) == ("hourly", "stays.parquet", None, 48)
+    # Which series are meant stays: nothing is left out or added in silence.
+    text = study_file.read_text().replace("hours: 12", "hours: 12, seed: 3, vital: hr, windows: 2")
+    study_file.write_text(text)
+    data = expand(load_study(study_file, {"data.source": "file", "data.path": "x.csv"}))[0].data
+    assert (data.vital, data.windows, data.seed) == ("hr", 2, None)
+    with pytest.raises(SpecError, match="vital 'hr' belongs to source 'file', 'hourly' or 'simulated'"):
+        load_study(study_file, {"data.source": "synthetic"})
 
 
 def test_an_option_of_an_adapter_can_be_varied() -> None:
@@ -314,6 +335,18 @@ def test_each_source_has_its_own_options() -> None:
     data = DataSpec(source="synthetic")
     assert (data.series, data.steps, data.seed, data.patients, data.group) == (100, 200, 0, None, "item")
     assert DataSpec().series is None
+    with pytest.raises(SpecError, match="^data cannot be used: source 'hourley' is unknown; did you mean 'hourly'"):
+        DataSpec(source="hourley")
+    with pytest.raises(AttributeError, match="seris"):
+        _ = data.seris
+
+
+@pytest.mark.parametrize("form", [{}, {"source": "synthetic", "folds": 4, "fold": 1}, {"source": "file", "path": "x"}])
+def test_data_travel(form: dict[str, Any]) -> None:
+    data = DataSpec(**form)
+    assert pickle.loads(pickle.dumps(data)) == copy.deepcopy(data) == DataSpec(**data.normal_form()) == data
+    assert json.loads(data.model_dump_json()) == data.normal_form() == spec(data=data).normal_form()["data"]
+    assert data.model_copy(update={"windows": 9}).windows == 9
 
 
 def test_trained_baselines_run_once_a_seed_and_naive_ones_once() -> None:

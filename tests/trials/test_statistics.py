@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from gluonts_peft.trials import TrialResult, TrialSpec
-from gluonts_peft.trials.statistics import against_zero_shot, compare, holm, mean_ranks, patient_errors
+from gluonts_peft.trials.statistics import against_zero_shot, compare, holm, mean_ranks, unit_errors
 from gluonts_peft.verdict import Candidate, judge
 from gluonts_peft.words import WORDS
 
@@ -176,10 +176,10 @@ def test_errors_are_means_over_windows_then_over_seeds(tmp_path: Path) -> None:
         trial(tmp_path, 0, {"1/hr": [1.0, 3.0], "1/map": [5.0], "2/hr": [4.0]}),
         trial(tmp_path, 1, {"1/hr": [2.0, 2.0], "1/map": [2.0], "2/hr": [6.0]}),
     ]
-    assert patient_errors(results, tmp_path, "MAE[0.5]").to_dict() == {"1": 2.5, "2": 5.0}
+    assert unit_errors(results, tmp_path, "MAE[0.5]").to_dict() == {"1": 2.5, "2": 5.0}
     item = trial(tmp_path, 2, {"1/hr": [1.0, 3.0], "1/map": [5.0]}, group="item")
-    assert patient_errors([item], tmp_path, "MAE[0.5]").to_dict() == {"1/hr": 2.0, "1/map": 5.0}
-    assert len(patient_errors([], tmp_path, "MAE[0.5]")) == 0
+    assert unit_errors([item], tmp_path, "MAE[0.5]").to_dict() == {"1/hr": 2.0, "1/map": 5.0}
+    assert len(unit_errors([], tmp_path, "MAE[0.5]")) == 0
 
 
 def test_folds_add_their_patients(tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_folds_add_their_patients(tmp_path: Path) -> None:
         trial(tmp_path, 0, {"3/hr": [7.0], "3/map": [8.0]}, folds=2, fold=1),
         trial(tmp_path, 1, {"3/hr": [9.0], "3/map": [10.0]}, folds=2, fold=1),
     ]
-    assert patient_errors(results, tmp_path, "MAE[0.5]").to_dict() == {"1": 3.0, "2": 5.0, "3": 8.5}
+    assert unit_errors(results, tmp_path, "MAE[0.5]").to_dict() == {"1": 3.0, "2": 5.0, "3": 8.5}
     # A seed that has not finished everywhere counts where it has.
-    assert patient_errors(results[:3], tmp_path, "MAE[0.5]").to_dict() == {"1": 3.0, "2": 5.0, "3": 7.5}
+    assert unit_errors(results[:3], tmp_path, "MAE[0.5]").to_dict() == {"1": 3.0, "2": 5.0, "3": 7.5}
 
 
 def test_ranks_are_averaged_over_data_sets() -> None:
