@@ -10,6 +10,44 @@ import pytest
 import torch
 from torch import Tensor
 
+# Sweeps put hundreds of cases through lines that other tests run too: there the tracer of the coverage would cost half
+# of their time again, and plug-ins are not what it measures.
+SWEEPS = (
+    "plugins/",
+    "tests/test_matrix.py",
+    "tests/test_families.py",
+    "tests/test_testing.py",
+    "tests/test_trainer_kwargs.py",
+    "tests/adapters/test_options.py",
+    "tests/series/test_calendar.py",
+    "tests/series/test_entries.py",
+)
+# What takes longest begins first, so that no worker is left alone with it at the end.
+LONGEST = (
+    "tests/trials/test_cluster.py",
+    "tests/test_matrix.py",
+    "tests/adapters/test_options.py",
+    "tests/trials/test_search.py",
+    "tests/test_processes.py",
+    "tests/test_training.py",
+    "tests/test_third_party_plugin.py",
+    "tests/test_trainer_kwargs.py",
+    "tests/test_pickling.py",
+    "tests/trials/test_report.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group tests for the workers by file, those of the matrix by adapter and checkpoint too, and order the groups."""
+    for item in items:
+        path = item.location[0].replace("\\", "/")
+        cell = item.name.partition("[")[2].rpartition("-")[0] if path == "tests/test_matrix.py" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{path} {cell}".strip()))
+        if path.startswith(SWEEPS):
+            item.add_marker(pytest.mark.no_cover)
+    items.sort(key=lambda item: LONGEST.index(item.location[0]) if item.location[0] in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _house_rules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
