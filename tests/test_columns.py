@@ -11,7 +11,7 @@ import pytest
 from gluonts_peft import registry
 from gluonts_peft.backtesting import default_metrics
 from gluonts_peft.columns import Column, score_columns
-from gluonts_peft.trials.space import metric_columns
+from gluonts_peft.trials.searchspec import metric_columns
 from gluonts_peft.trials.tables import METRICS
 
 # A distribution of somebody else's: one module and its metadata.
@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 from gluonts_peft.backtesting import SeasonalNaive, backtest
 from gluonts_peft.trials import export_fev, load_study, run_study, write_report
-from gluonts_peft.trials.space import SearchSpec
+from gluonts_peft.trials.searchspec import SearchSpec
 from gluonts_peft.trials.tables import table
 
 folder = Path(sys.argv[1])

@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from .report import load_results, print_table, table, write_report
     from .run import run_trial
     from .searching import search
-    from .space import SearchSpec, load_search, search_schema
+    from .searchspec import SearchSpec, load_search, search_schema
     from .spec import TrainingSpec, TrialResult, TrialSpec
     from .strict import SpecError
     from .studyspec import StudySpec, load_study
 
 _HOME = {
     "ClusterError": "cluster",
-    "SearchSpec": "space",
-    "load_search": "space",
+    "SearchSpec": "searchspec",
+    "load_search": "searchspec",
     "on_ray": "cluster",
     "print_ranking": "records",
     "ranking": "records",
     "search": "searching",
-    "search_schema": "space",
+    "search_schema": "searchspec",
     "DataSpec": "dataspec",
     "SpecError": "strict",
     "StudySpec": "studyspec",

@@ -329,6 +329,11 @@ def source_class(name: Any) -> type[DataSpec]:
     ValueError
         If there is none of that name, or what is offered under it cannot be loaded or used.
     """
+    if not datasets.knows(DEFAULT_SOURCE):
+        raise ValueError(
+            "no sources of data are registered: the installed metadata of gluonts-peft are older than its code; install"
+            " it again"
+        )
     # What is no text is no name either, and perhaps not hashable.
     if not isinstance(name, str):
         raise ValueError(unknown(datasets.kind, name, datasets.names()))

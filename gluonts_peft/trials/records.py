@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..files import NewerFormat, as_integer, record, typed, write_atomically
 from .reading import from_record, read_json, read_record
-from .space import SearchSpec, metric_columns
+from .searchspec import SearchSpec, metric_columns
 from .spec import TrialResult, TrialSpec, describe_adapter
 from .strict import SpecError
 

@@ -40,8 +40,10 @@ from gluonts_peft.trials import (
     search,
     searching,
 )
+from gluonts_peft.trials.raytune import adopt
 from gluonts_peft.trials.records import Entry, Record, _fronts
-from gluonts_peft.trials.searching import _adopt, run_and_report, trial_key
+from gluonts_peft.trials.searchrun import trial_key
+from gluonts_peft.trials.searchtrial import run_and_report
 
 BASE: dict[str, Any] = {
     "family": "chronos",
@@ -219,9 +221,9 @@ def test_optuna_goes_on_with_what_it_had_learnt(tmp_path: Path) -> None:
 
 KILL = """
 import json, os, signal, sys
-from gluonts_peft.trials import SearchSpec, search, searching
+from gluonts_peft.trials import SearchSpec, search, searchrun
 
-report, counts = searching._Run.observe, []
+report, counts = searchrun.Run.observe, []
 
 def die(self, number, found):
     report(self, number, found)
@@ -229,7 +231,7 @@ def die(self, number, found):
     if len(counts) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-searching._Run.observe = die
+searchrun.Run.observe = die
 search(SearchSpec(**json.loads(sys.argv[1])), sys.argv[2], serial=True, progress=False)
 """
 
@@ -472,7 +474,7 @@ def test_the_state_of_another_trial_is_taken_over_with_a_new_rate_and_dropout(tm
         run_and_report(trial(1e-3, 0.1), donor, interrupt, columns=[MAE])
     checkpoint = donor / "training" / "last.ckpt"
     before = read_checkpoint(checkpoint)
-    _adopt(checkpoint, trial(4e-3, 0.2), tmp_path / "heir")
+    adopt(checkpoint, trial(4e-3, 0.2), tmp_path / "heir")
     after = read_checkpoint(tmp_path / "heir" / "training" / "last.ckpt")
     for name, tensor in before["state_dict"].items():
         assert tensor.equal(after["state_dict"][name]), name
@@ -488,7 +490,7 @@ def test_the_state_of_another_trial_is_taken_over_with_a_new_rate_and_dropout(tm
     scratch = run_trial(trial(4e-3, 0.2), tmp_path / "scratch")
     assert result.scores[MAE] != scratch.scores[MAE]
     # An attempt that died later is further than the donor was.
-    _adopt(checkpoint, trial(4e-3, 0.2), donor)
+    adopt(checkpoint, trial(4e-3, 0.2), donor)
     assert read_checkpoint(checkpoint)["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 1e-3
 
 

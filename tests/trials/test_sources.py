@@ -155,6 +155,13 @@ def test_a_broken_one_is_named_and_harms_nobody(offer: Callable[[str], None], te
         TrialSpec(**BASE, data={"source": "synthetic", "hours": 3})
 
 
+def test_a_checkout_that_is_newer_than_its_installation_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "_entry_points", dict)
+    monkeypatch.setattr(datasets, "_known", set())
+    with pytest.raises(SpecError, match="metadata of gluonts-peft are older than its code; install it again"):
+        DataSpec()
+
+
 def test_uninstalled_it_is_gone() -> None:
     with pytest.raises(SpecError, match="source 'wells' is unknown; known: file, hourly, simulated, synthetic"):
         DataSpec(source="wells")

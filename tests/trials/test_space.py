@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from gluonts_peft.trials import SearchSpec, SpecError, TrialSpec, load_search, search_schema
-from gluonts_peft.trials.space import Kind, Proposer, Space, is_mutable
+from gluonts_peft.trials.proposer import Proposer
+from gluonts_peft.trials.searchspec import is_mutable
+from gluonts_peft.trials.space import Kind, Space
 
 ROOT = Path(__file__).parents[2]
 SEARCHES = ROOT / "ray_configs" / "searches"
@@ -359,7 +361,7 @@ def test_the_published_schema_is_current_and_agrees_with_the_files() -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema = search_schema()
     published = json.loads((SEARCHES / "schema.json").read_text())
-    assert published == json.loads(json.dumps(schema)), "run: python -m gluonts_peft.trials.space > the file"
+    assert published == json.loads(json.dumps(schema)), "run: python -m gluonts_peft.trials.searchspec > the file"
     validator = jsonschema.Draft202012Validator(schema)
     for path in SEARCHES.glob("*.yaml"):
         validator.validate(yaml.safe_load(path.read_text()))
