@@ -8,9 +8,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,21 +20,19 @@ from gluonts.model.estimator import Estimator
 from . import __version__
 from .adapters.load import get_adapter
 from .backbone import Backbone
-from .calibration import Calibrator, require_quantiles, set_apart
+from .calibration import Calibrator
 from .deadline import TIME_LIMIT, Deadline, spelled
 from .errors import unknown
-from .items import BY, LEAST_WINDOWS, ItemJudge, Items
-from .objectives import Joint, parse_tasks
+from .items import Items, check_by, require_weights
+from .objectives import parse_tasks
 from .predictor import PeftPredictor
-from .registry import adapter_names
+from .preparation import TrainingTask, parse_task
 from .series.entries import Door, Unusable, called, check_unusable
-from .series.overlap import held_back
 from .series.store import SeriesStore
 from .series.windows import Windows
-from .sweep import require_reconstruct
 from .trainer_kwargs import check_trainer_kwargs, resolve_precision
 from .training import Fit, TrainingOptions, TuningDidNotHelp, fit, resolve_device
-from .verdict import UNITS, Judge
+from .verdict import UNITS
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
@@ -126,6 +122,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     any_freq
         Train also on data whose every series was observed on a coarser grid than its frequency says, which are else
         refused.
+    task
+        What to train for: ``"forecast"``; or, for anomalies and gaps, ``"reconstruct"``, by families with that
+        capability. Options are given as ``{"task": "reconstruct", "mask_ratio": 0.3, "held_out": 0.2}``, see
+        :class:`gluonts_peft.preparation.Reconstructing`. Verdict and gate then rest on the reconstruction loss, and
+        ``prediction_length`` and ``validation_windows`` have no effect.
     """
 
     __version__: str = __version__
@@ -133,11 +134,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     default_checkpoint: ClassVar[str]
 
     def __new__(cls, *arguments: Any, **options: Any) -> PeftEstimator:
-        """Refuse numbers that the conversion to the types of the constructor would change without a word."""
+        """Refuse numbers that conversion to the types of the constructor would silently change."""
         try:
             given = inspect.signature(cls.__init__).bind_partial(None, *arguments, **options).arguments
         except TypeError:
-            # The constructor says it better.
+            # The constructor has a better message.
             given = {}
         for name in _WHOLE:
             value = given.get(name)
@@ -182,6 +183,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         trainer_kwargs: dict | None = None,  # type: ignore[type-arg]
         unusable: str = "raise",
         any_freq: bool = False,
+        task: Any = "forecast",
     ) -> None:
         super().__init__()
         if prediction_length <= 0:
@@ -201,7 +203,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         if verdict_unit not in UNITS:
             raise ValueError(unknown("verdict_unit", verdict_unit, UNITS))
         if by is not None:
-            _check_by(by, validation_windows, interpolate, calibrate)
+            check_by(by, validation_windows, interpolate, calibrate)
         self.prediction_length = prediction_length
         self.context_length = context_length
         self.checkpoint = self.default_checkpoint if checkpoint is None else checkpoint
@@ -235,7 +237,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         self.calibrate = calibrate
         self.by = by
         if by is not None:
-            _check_weights(wanted)
+            require_weights(wanted)
         self.folder = None if folder is None else Path(folder)
         self.backbone_options = dict(backbone_options or {})
         self.tasks = None if tasks is None else parse_tasks(tasks, prediction_length)
@@ -244,12 +246,14 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
                 f"adapter {wanted!r}: option 'cache' has no effect with tasks, which look at more than the features;"
                 " leave it out"
             )
+        self.task: TrainingTask = parse_task(task)
+        self.task.check(self)
         self.progress = progress
         self.trainer_kwargs = dict(trainer_kwargs or {})
         check_trainer_kwargs(self.trainer_kwargs)
         self.unusable = check_unusable(unusable)
         self.any_freq = any_freq
-        # Series of each part that the last training left out.
+        # Number of series that the last training left out, for each role of a dataset.
         self.skipped: dict[str, int] = {}
 
     @classmethod
@@ -291,20 +295,19 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         Parameters
         ----------
         training_data
-            Where training windows are drawn from.
+            Data that training windows are drawn from.
         validation_data
-            Its last windows decide which weights are handed over, and the verdict. If None, the labels of the last
-            ``validation_windows`` windows of each training series are held out for this and not trained on, with a task
-            ``reconstruct`` their histories too. So are labels of `validation_data` that lie inside the training data of
-            the same item (same ``item_id``, or equal series), with a warning.
+            Their last windows decide which weights are handed over, and the verdict. If None, the labels of the last
+            ``validation_windows`` windows of each training series are held out and not trained on; with a task
+            ``reconstruct`` their histories too. Labels of `validation_data` that lie inside the training data of the
+            same item (same ``item_id``, or equal series) are not trained on either, with a warning.
 
-            Adapters that score themselves, such as ``trace``, set further windows
-            apart before these.
+            For adapters that score themselves, such as ``trace``, the windows before these are held out too.
         ckpt_path
-            Training checkpoint to go on from, or ``"last"``: that of ``folder`` if there is one.
+            Training checkpoint to resume from, or ``"last"``: that of ``folder`` if there is one.
         item_data
-            Series whose last ``validation_windows`` windows choose their weights, with `by`: the histories of what is
-            to be forecast. Those that are too short have the common weight. If None, the validation data choose.
+            Series whose last ``validation_windows`` windows choose their weights, with `by`: the histories of the
+            series to forecast. Those that are too short have the common weight. If None, the validation data choose.
 
         Returns
         -------
@@ -315,7 +318,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         ------
         ValueError
             If the data, a checkpoint or an option cannot be used, or a series with ``unusable="raise"``; the message
-            says what and why. Of what is no dataset, or a wrong entry, it is a
+            says which and why. For wrong entries, and what is no dataset, it is an
             :class:`~gluonts_peft.series.entries.EntryError`.
         TuningDidNotHelp
             If ``gate="raise"`` and there is no evidence that tuning helped.
@@ -323,121 +326,31 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         deadline = self.deadline()
         resolve_precision(self.options.precision, resolve_device(self.options.device))
         self.skipped = {}
+        self.task.check(self)
         backbone = self.load_backbone()
-        if self.tasks is not None and self.tasks.history:
-            require_reconstruct(backbone)
-        forecasts = self.tasks is None or self.tasks.forecasts
-        adapter = get_adapter(_with_head(self.adapter, backbone) if forecasts else self.adapter)
-        if self.by is not None:
-            _check_weights(adapter)
-            if backbone.untrained:
-                raise ValueError(
-                    f"checkpoint {backbone.source.checkpoint!r} has no forecasting head of its own, so that by has no"
-                    " zero-shot to choose; leave by out"
-                )
-        elif item_data is not None:
-            raise ValueError("item_data is there to choose weights by item; name by='item' too, or leave it out")
-        store, door = self.keep_series(training_data, "training", backbone)
-        held_out: Any = self.prediction_length * self.validation_windows if validation_data is None else 0
-        if held_out and self.tasks is not None and self.tasks.history:
-            held_out += backbone.context_length
-        lengths: dict[str, Any] = {
-            "context_length": backbone.past_length,
-            "prediction_length": self.prediction_length,
-            "min_context": self.min_context or min(backbone.context_length, self.prediction_length),
-            "seed": self.options.seed,
-            "time_features": backbone.time_features,
-        }
-        held_out_store, held_out_door = store, door
-        if validation_data is not None:
-            held_out_store, held_out_door = self.keep_series(validation_data, "validation", backbone, door.found_freq)
-            label = self.prediction_length * self.validation_windows
-            if self.tasks is not None and self.tasks.history:
-                label += backbone.context_length
-            held_out = _without_labels(store, held_out_store, (door.names, held_out_door.names), label, self.calibrate)
-        windows = Windows(store, holdout=held_out, **lengths)
-        self.settle("training", "trained on", windows, door)
-        held_out_windows = Windows(held_out_store, **lengths)
-        if validation_data is not None:
-            self.settle("validation", "validated on", held_out_windows, held_out_door)
-        last = held_out_windows.last(windows=self.validation_windows, max_windows=self.max_validation_windows)
-        calibrator = None
-        if self.calibrate:
-            require_quantiles(backbone, adapter.head_levels, last)
-            last, apart, untrained = set_apart(last, self.verdict_unit, own=validation_data is None)
-            calibrator = Calibrator(apart, self.verdict_unit)
-            if untrained.any():
-                windows = Windows(store, holdout=np.where(untrained, store.lengths, held_out), **lengths)
-            if deadline is not None and not backbone.untrained:
-                # What it will cost at the end.
-                backbone.to(resolve_device(self.options.device))
-                with deadline.measuring("calibration"):
-                    calibrator.learn(backbone)
-        validation = list(last)
-        items = None
-        if self.by is not None:
-            judged, names = last, held_out_door.names
-            if item_data is not None:
-                item_store, item_door = self.keep_series(item_data, "items", backbone, door.found_freq)
-                judged, names = Windows(item_store, **lengths).last(self.validation_windows), item_door.names
-            items = ItemJudge(
-                judged,
-                names,
-                by=self.by,
-                tasks=None if self.tasks is None else self.tasks.judged,
-                keep=self.gate == "keep",
-            )
-        joint, before, levels = self.tasks, {}, adapter.head_levels
-        score = None
-        if joint is not None:
-            if joint.history and adapter_names(adapter.spec) == {"head"}:
-                raise ValueError(
-                    f"adapter {adapter!r} trains the forecasting head alone, which has no part in the task"
-                    " 'reconstruct'; add another, e.g. ['lora', 'head'], or leave the task out"
-                )
-            backbone.to(resolve_device(self.options.device))
-            begun = self.clock()
-            before = joint.scores(backbone, validation, levels, forecasts=not backbone.untrained)
-            if deadline is not None:
-                deadline.expect("after", self.clock() - begun)
-            # Losses of a new head and of the model's own differ in kind.
-            joint = joint.scaled(before, forecasts=levels is None)
-            if before and not (backbone.untrained and joint.forecasts):
-                score = partial(_relative, joint, backbone, validation, levels, before)
+        run = self.task.prepare(self, backbone, training_data, validation_data, item_data, deadline)
         result = fit(
             backbone,
-            adapter,
-            windows,
-            validation,
+            run.adapter,
+            run.windows,
+            run.validation,
             self.options,
             folder=self.folder,
             ckpt_path=ckpt_path,
             progress=self.progress,
             trainer_kwargs=self.trainer_kwargs,
-            loss=joint,
-            score=score,
-            judge=Judge(last, unit=self.verdict_unit, tasks=None if joint is None else joint.judged),
+            loss=run.loss,
+            score=run.score,
+            judge=run.judge,
             interpolate=self.interpolate,
             deadline=deadline,
-            items=items,
+            items=run.items,
         )
-        if joint is not None:
-            names, diverged = [task.name for task in joint.tasks], not math.isfinite(result.gate.tuned)
-            after = dict.fromkeys(names, math.inf) if diverged else joint.scores(backbone, validation, levels)
-            scores = {name: {"before": before[name]} if name in before else {} for name in after}
-            result = replace(result, tasks={name: {**scores[name], "after": after[name]} for name in after})
-            if score is None:
-                # There was no head to forecast with before.
-                result = replace(result, gate=replace(result.gate, zero_shot=None))
-                for name, earlier in before.items():
-                    if not after[name] < earlier:
-                        worse = f"no better than before: loss {earlier:.5g} before, {after[name]:.5g} after"
-                        warnings.warn(TuningDidNotHelp(f"adapter {adapter!r}, task {name!r}: {worse}"), stacklevel=2)
-        found = None if items is None else items.found
-        return self.hand_over(backbone, adapter, result, door.found_freq, calibrator, found)
+        found = None if run.items is None else run.items.found
+        return self.hand_over(backbone, run.adapter, run.finish(result), run.freq, run.calibrator, found)
 
     def deadline(self) -> Deadline | None:
-        """Return the limit of a training that begins now."""
+        """Return the deadline of a training that begins now, None without a time limit."""
         return None if self.options.time_limit is None else Deadline(self.options.time_limit, self.clock)
 
     def hand_over(
@@ -449,7 +362,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         calibrator: Calibrator | None = None,
         items: Items | None = None,
     ) -> PeftPredictor:
-        """Return the tuned predictor, or what ``gate`` wants without evidence that tuning helped."""
+        """Return the tuned predictor, or what ``gate`` says if there is no evidence that tuning helped."""
         if result.stopped == TIME_LIMIT and not math.isfinite(result.gate.tuned):
             self._refuse_untrained(backbone, adapter)
         elif not result.gate.passed and adapter.num_parameters() and items is None:
@@ -474,7 +387,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         )
 
     def _refuse_untrained(self, backbone: Backbone, adapter: Adapter) -> None:
-        """Go back to zero-shot where the clock left no epoch, not even a part of one, that was judged."""
+        """Return to zero-shot if time was up before even a part of an epoch was judged."""
         limit = spelled(self.options.time_limit or 0.0)
         message = f"adapter {adapter!r} on {backbone.source.checkpoint!r}: time_limit {limit} left no time to train it"
         if backbone.untrained:
@@ -487,23 +400,23 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     def keep_series(
         self, dataset: Dataset, name: str, backbone: Backbone, freq: str | None = None
     ) -> tuple[SeriesStore, Door]:
-        """Check the entries of a dataset and keep their series, in ``folder`` if there is one.
+        """Check the entries of a dataset and store their series, in ``folder`` if there is one.
 
         Parameters
         ----------
         dataset
             GluonTS dataset.
         name
-            What part it is, ``"training"``, ``"validation"`` or ``"items"``: its place in the folder.
+            Role of the dataset, ``"training"``, ``"validation"`` or ``"items"``, and its place in the folder.
         backbone
-            That the series are for.
+            The model that the series are for.
         freq
-            Frequency that they must have, if one is known.
+            Frequency that they must have; None accepts any.
 
         Returns
         -------
         SeriesStore, Door
-            The series; and the check that they passed, which knows their names and frequency.
+            The series, and the check that they passed, which knows their ids and frequency.
         """
         door = Door("trained on", backbone=backbone, freq=freq, any_freq=self.any_freq, complete=True)
         entries = door.open(dataset)
@@ -514,19 +427,19 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         if self.folder is None:
             return SeriesStore.from_dataset(entries, **kinds), door
         folder = self.folder / "series" / name
-        # What an earlier run left there may be of other data.
+        # An earlier run may have left other data there.
         shutil.rmtree(folder, ignore_errors=True)
         return SeriesStore.from_dataset(entries, folder, **kinds), door
 
     def settle(self, part: str, verb: str, windows: Windows, door: Door) -> None:
-        """Raise, or warn and count, where series give no window: what ``unusable`` says.
+        """Raise, or warn and count, if series yield no window, as ``unusable`` says.
 
         Parameters
         ----------
         part
-            ``"training"`` or ``"validation"``, for ``skipped``.
+            ``"training"`` or ``"validation"``, the key in ``skipped``.
         verb
-            What is done with the windows, for messages.
+            What the windows are used for, in messages.
         windows, door
             The windows, and the check that their series passed.
         """
@@ -537,86 +450,10 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         unusable.settle(len(windows.store))
 
 
-def _check_by(by: str, validation_windows: int, interpolate: bool, calibrate: bool) -> None:
-    """Refuse options that leave nothing to choose, or nothing to choose by."""
-    if by not in BY:
-        raise ValueError(unknown("by", by, BY))
-    if validation_windows <= LEAST_WINDOWS:
-        raise ValueError(
-            f"by {by!r} needs more than {LEAST_WINDOWS} windows of an item to choose by, and validation_windows is"
-            f" {validation_windows}; name {LEAST_WINDOWS + 1} or more"
-        )
-    if calibrate:
-        raise ValueError(
-            f"by {by!r} and calibrate do not go together: quantiles are calibrated for one weight; leave one out"
-        )
-    if not interpolate:
-        raise ValueError(f"by {by!r} needs weights to choose from; leave interpolate=False out")
-
-
-def _check_weights(adapter: Adapter) -> None:
-    """Refuse adapters that have no weights between zero-shot and tuned for items to choose from."""
-    if adapter.head_levels is not None or adapter.scoring_windows:
-        why = "begins at random" if adapter.head_levels is not None else "changes its form while it trains"
-        raise ValueError(f"adapter {adapter!r} {why}, so that by has no weights to choose from; leave by out")
-
-
 def _declared(kind: str) -> list[str]:
-    """Return the arguments that the constructor declares to be of a type."""
+    """Return the names of the arguments of the constructor that are annotated with a type."""
     parameters = inspect.signature(PeftEstimator.__init__).parameters
     return [name for name, parameter in parameters.items() if kind in str(parameter.annotation).split(" | ")]
 
 
 _WHOLE, _NUMBERS, _TRUTH = _declared("int"), _declared("float"), (bool, np.bool_)
-
-
-def _with_head(spec: Any, backbone: Backbone) -> Any:
-    """Add the head to an adapter where the checkpoint brings none: it has to be trained whatever else is."""
-    parts, names = spec if isinstance(spec, list) else [spec], adapter_names(spec)
-    if "head" not in backbone.untrained or names & {"head", "full"}:
-        return spec
-    if names == {"none"}:
-        raise ValueError(
-            f"adapter 'none' trains nothing, but checkpoint {backbone.source.checkpoint!r} has no forecasting head to"
-            " forecast with; train one with adapter 'head' (linear probing), or along with any other"
-        )
-    logger.info("checkpoint %r has no forecasting head: it is trained along with %s", backbone.source.checkpoint, spec)
-    return [*parts, "head"]
-
-
-def _relative(
-    joint: Joint,
-    backbone: Backbone,
-    validation: Sequence[Mapping[str, Any]],
-    levels: Sequence[float] | None,
-    before: Mapping[str, float],
-) -> float:
-    return joint.relative(joint.scores(backbone, validation, levels), before)
-
-
-def _without_labels(
-    store: SeriesStore, validation: SeriesStore, names: tuple[list[Any], list[Any]], label: int, calibrate: bool
-) -> Any:
-    """Return the steps at the end of each training series that hold validation labels; 0 if none does."""
-    held = held_back(store, validation, names, label)
-    count = int((held > 0).sum())
-    if not count:
-        return 0
-    if calibrate:
-        raise ValueError(
-            f"calibrate needs series that are not trained on, and validation_data is of the same items as {count} of"
-            f" {len(store)} training series: leave validation_data out, and some of the training series are held out"
-            " for it, or give other series"
-        )
-    if (held == store.lengths).all():
-        raise ValueError(
-            f"the labels of validation_data lie at or before the start of all {count} training series of the same"
-            " items: nothing is left to train on; leave validation_data out, or give earlier training data"
-        )
-    first = int(np.flatnonzero(held)[0])
-    warnings.warn(
-        f"labels of validation_data lie inside the training data of {count} of {len(store)} series (first:"
-        f" {called(names[0][first], first)}): the last {int(held.max())} steps at most of these are not trained on",
-        stacklevel=3,
-    )
-    return held

@@ -1,15 +1,17 @@
-"""Fill gaps with a model that reconstructs its input, and train adapters to reconstruct.
+"""Filling gaps with a model that reconstructs its input.
 
-    filled = impute(predictor, dataset)                         observed values stay as they are, bit for bit
-    predictor = train_reconstruction(estimator, dataset)        any adapter, with hidden patches as the label
+    predictor = MomentEstimator(prediction_length=1, task="reconstruct").train(dataset)     hidden patches are the label
+    filled = impute(predictor, dataset)                                         observed values keep their bits
 
-A family can do this if it has the capability ``"reconstruct"``: it is shown a window with a part hidden, and gives back
-the whole. MOMENT was pretrained so (Goswami et al. 2024, arXiv 2402.03885). A network sees ``patch_length`` steps as
-one: only whole patches are hidden from it, what is missing of a patch that is partly observed is bridged before.
+This takes a family with the capability ``"reconstruct"``: given a window with hidden parts, it returns the whole
+window. MOMENT was pretrained in this way (Goswami et al. 2024, arXiv 2402.03885). The network takes ``patch_length``
+steps as one patch: only whole patches are hidden from it, and missing steps of a partly observed patch are interpolated
+first.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,20 +22,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .adapters.load import get_adapter
 from .errors import unknown
 from .objectives import Reconstruction, reconstruction_loss
-from .registry import adapter_names
+from .preparation import Reconstructing
 from .series.calendar import calendar_of, stamp_table
 from .series.entries import Door, in_step, nothing_seen
-from .series.overlap import held_back
 from .series.store import SeriesStore
-from .series.windows import Windows
 from .series.writing import Names, writable, write_columns
 from .sweep import backbone_of, batches, gather, reconstruct, require_reconstruct, runs
-from .training import fit
 from .units import refuse_nonfinite
-from .verdict import Judge
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -60,103 +57,17 @@ def train_reconstruction(
     held_out: float = 0.2,
     ckpt_path: str | None = None,
 ) -> PeftPredictor:
-    """Tune an adapter to reconstruct, for anomalies and gaps.
+    """Train an estimator to reconstruct: the old spelling of ``PeftEstimator(..., task="reconstruct").train(...)``.
 
-    The gate works as in :meth:`PeftEstimator.train`, on the reconstruction loss; the loop, its options and what is
-    stored are the same too. What comes back reconstructs; whether it can forecast is as before.
-
-    Parameters
-    ----------
-    estimator
-        Of a family with the capability ``"reconstruct"``. Its ``prediction_length`` and ``validation_windows`` have no
-        effect, ``tasks`` and ``calibrate`` are refused.
-    training_data
-        GluonTS dataset, univariate.
-    validation_data
-        Windows of ``context_length`` steps that touch decide the best epoch and the gate. If None, the ends of the
-        training series are held out for this. It must not hold the same times of the same items.
-    mask_ratio
-        Share of the patches that are hidden.
-    held_out
-        Share of each series that is held out if there is no `validation_data`.
-    ckpt_path
-        As :meth:`PeftEstimator.train`.
-
-    Raises
-    ------
-    ValueError
-        If the family does not reconstruct, the adapter has no part in it, or data or options cannot be used.
-    TuningDidNotHelp
-        If the estimator has ``gate="raise"`` and tuning did not beat zero-shot.
+    It stays for one release. Parameters and errors are those of :meth:`gluonts_peft.PeftEstimator.train` and of
+    :class:`gluonts_peft.preparation.Reconstructing`.
     """
-    deadline = estimator.deadline()
-    estimator.skipped = {}
-    backbone = estimator.load_backbone()
-    require_reconstruct(backbone)
-    if not 0.0 < held_out < 1.0:
-        raise ValueError(f"held_out {held_out} is not a share between 0 and 1")
-    if estimator.tasks is not None:
-        raise ValueError("tasks have no part in train_reconstruction, which has a single one; leave them out")
-    if estimator.calibrate:
-        raise ValueError("calibrate has no part in train_reconstruction, which makes no quantiles; leave it out")
-    if estimator.by is not None:
-        raise ValueError(f"by {estimator.by!r} chooses by forecasts and has no part in reconstruction; leave it out")
-    adapter = get_adapter(estimator.adapter)
-    if "head" in adapter_names(estimator.adapter):
-        raise ValueError(
-            f"adapter {adapter!r} trains a forecasting head, which has no part in reconstruction; name another without"
-            " one, e.g. 'lora'"
-        )
-    cut_off = validation_data is None
-    if cut_off:
-        entries = Door("trained on", backbone=backbone, any_freq=estimator.any_freq).read(training_data)
-        cuts = [math.ceil(len(entry["target"]) * (1.0 - held_out)) for entry in entries]
-        training_data = [
-            {**entry, "target": entry["target"][:cut]} for entry, cut in zip(entries, cuts, strict=True) if cut
-        ]
-        validation_data = [
-            {**entry, "target": entry["target"][cut:], "start": entry["start"] + cut}
-            for entry, cut in zip(entries, cuts, strict=True)
-            if cut < len(entry["target"])
-        ]
-    loss = Reconstruction(mask_ratio)
-    least = estimator.min_context or min(backbone.context_length, 4 * backbone.patch_length)
-    # The single step of a label is there because windows have one; it is not looked at.
-    lengths: dict[str, Any] = {"context_length": backbone.context_length, "prediction_length": 1, "min_context": least}
-    store, door = estimator.keep_series(training_data, "training", backbone)
-    held_out_store, held_out_door = estimator.keep_series(validation_data, "validation", backbone, door.found_freq)
-    if not cut_off and (held_back(store, held_out_store, (door.names, held_out_door.names), None) > 0).any():
-        raise ValueError(
-            "validation_data holds the same times of the same items as the training data: what is trained on would be"
-            " validated on; leave it out, and the ends of the training series are held out, or give other series"
-        )
-    windows = Windows(store, seed=estimator.options.seed, **lengths)
-    estimator.settle("training", "trained on", windows, door)
-    held_out_windows = Windows(held_out_store, **lengths)
-    if not cut_off:
-        estimator.settle("validation", "validated on", held_out_windows, held_out_door)
-    validation = held_out_windows.last(
-        windows=-(-int(held_out_windows.store.lengths.max()) // backbone.context_length),
-        distance=backbone.context_length,
-        max_windows=estimator.max_validation_windows,
-        batch_size=64,
-    )
-    result = fit(
-        backbone,
-        adapter,
-        windows,
-        list(validation),
-        estimator.options,
-        folder=estimator.folder,
-        ckpt_path=ckpt_path,
-        progress=estimator.progress,
-        trainer_kwargs=estimator.trainer_kwargs,
-        loss=loss,
-        judge=Judge(validation, unit=estimator.verdict_unit, tasks=[(1.0, loss)]),
-        interpolate=estimator.interpolate,
-        deadline=deadline,
-    )
-    return estimator.hand_over(backbone, adapter, result, door.found_freq)
+    own = copy.copy(estimator)
+    own.task = Reconstructing(mask_ratio, held_out)
+    try:
+        return own.train(training_data, validation_data, ckpt_path)
+    finally:
+        estimator.skipped = own.skipped
 
 
 def impute(

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import unknown
 from .scorer import Scorer, unit_key
 from .series.calendar import step_of
 from .verdict import FOLDS, ItemVerdict, flip_test
@@ -48,7 +49,16 @@ if TYPE_CHECKING:
     from .series.windows import LastWindows
     from .training import Loss
 
-__all__ = ["BY", "ItemJudge", "Items", "choose_by_unit", "cross_fit_by_unit", "judge_items"]
+__all__ = [
+    "BY",
+    "ItemJudge",
+    "Items",
+    "check_by",
+    "choose_by_unit",
+    "cross_fit_by_unit",
+    "judge_items",
+    "require_weights",
+]
 
 #: What may choose, and the unit of a verdict that it is.
 BY = {"item": "series", "patients": "patients"}
@@ -58,6 +68,30 @@ LEAST_WINDOWS = 2
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+
+
+def check_by(by: str, validation_windows: int, interpolate: bool, calibrate: bool) -> None:
+    """Raise a ValueError for options that leave items no weights to choose from, or nothing to choose by."""
+    if by not in BY:
+        raise ValueError(unknown("by", by, BY))
+    if validation_windows <= LEAST_WINDOWS:
+        raise ValueError(
+            f"by {by!r} needs more than {LEAST_WINDOWS} windows of an item to choose by, and validation_windows is"
+            f" {validation_windows}; name {LEAST_WINDOWS + 1} or more"
+        )
+    if calibrate:
+        raise ValueError(
+            f"by {by!r} and calibrate do not go together: quantiles are calibrated for one weight; leave one out"
+        )
+    if not interpolate:
+        raise ValueError(f"by {by!r} needs weights to choose from; leave interpolate=False out")
+
+
+def require_weights(adapter: Adapter) -> None:
+    """Raise a ValueError for adapters without weights between zero-shot and tuned for items to choose from."""
+    if adapter.head_levels is not None or adapter.scoring_windows:
+        why = "begins at random" if adapter.head_levels is not None else "changes its form while it trains"
+        raise ValueError(f"adapter {adapter!r} {why}, so that by has no weights to choose from; leave by out")
 
 
 def choose_by_unit(scores: Floats, units: Integers, common: int, count: int) -> Integers:

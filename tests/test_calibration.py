@@ -18,11 +18,10 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import betabinom, norm
 from typer.testing import CliRunner
 
-from gluonts_peft import TuningDidNotHelp, estimator, get_estimator
+from gluonts_peft import TuningDidNotHelp, estimator, get_estimator, preparation
 from gluonts_peft.backtesting import backtest
 from gluonts_peft.calibration import LEAST_UNITS, Calibration, Calibrator, learn, set_apart
 from gluonts_peft.cli import app
-from gluonts_peft.imputation import train_reconstruction
 from gluonts_peft.predictor import PeftPredictor, PredictorError
 from gluonts_peft.series.store import SeriesStore
 from gluonts_peft.series.windows import Windows
@@ -274,7 +273,7 @@ def test_calibrating_units_neither_train_nor_choose(own: bool, monkeypatch: pyte
 
     monkeypatch.setattr(estimator, "fit", fit)
     learns: list[Any] = []
-    monkeypatch.setattr(estimator, "Calibrator", lambda windows, _: learns.append(windows))
+    monkeypatch.setattr(preparation, "Calibrator", lambda windows, _: learns.append(windows))
     with pytest.raises(InterruptedError):
         make().train(series(60), None if own else series(60, seed=1))
     calibrating = set(learns[0].series.tolist())
@@ -316,8 +315,8 @@ def test_what_cannot_be_calibrated_is_refused(
 
 
 def test_reconstruction_has_no_quantiles() -> None:
-    with pytest.raises(ValueError, match="calibrate has no part in train_reconstruction"):
-        train_reconstruction(make("moment"), series(4))
+    with pytest.raises(ValueError, match="calibrate has no part in task 'reconstruct'"):
+        make("moment", task="reconstruct")
 
 
 # With models.

@@ -53,9 +53,15 @@ def moment() -> Backbone:
 @pytest.fixture(scope="module")
 def tuned() -> PeftPredictor:
     estimator = get_estimator("moment")(
-        prediction_length=1, adapter="lora", max_epochs=2, num_batches_per_epoch=10, progress=False, device="cpu"
+        prediction_length=1,
+        adapter="lora",
+        max_epochs=2,
+        num_batches_per_epoch=10,
+        progress=False,
+        device="cpu",
+        task="reconstruct",
     )
-    return train_reconstruction(estimator, [entry(daily(1500, seed), str(seed)) for seed in range(2)])
+    return estimator.train([entry(daily(1500, seed), str(seed)) for seed in range(2)])
 
 
 def test_gaps_are_filled_and_observed_values_keep_their_bits(moment: Backbone) -> None:
@@ -295,7 +301,7 @@ def test_same_seed_same_weights_and_another_loss_is_another_run(tmp_path: Path) 
 
 
 def test_the_gate_of_reconstruction_falls_back() -> None:
-    estimator = get_estimator("moment")(
+    options: dict[str, Any] = dict(
         prediction_length=1,
         adapter="lora",
         learning_rate=3.0,
@@ -304,11 +310,29 @@ def test_the_gate_of_reconstruction_falls_back() -> None:
         context_length=64,
         progress=False,
     )
+    task = {"task": "reconstruct", "mask_ratio": 0.4, "held_out": 0.3}
     with pytest.warns(TuningDidNotHelp, match="the zero-shot predictor is returned"):
-        predictor = train_reconstruction(estimator, [entry(daily(400))])
+        predictor = get_estimator("moment")(**options, task=task).train([entry(daily(400))])
     assert predictor.backbone.adapter is None
     assert predictor.gate is not None
     assert not predictor.gate.passed
+    old = get_estimator("moment")(**options, gate="keep")
+    assert train_reconstruction(old, [entry(daily(400))], mask_ratio=0.4, held_out=0.3).gate == predictor.gate
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("recon", "task 'recon' is unknown; did you mean 'reconstruct'? known: "),
+        ({"mask_ratio": 0.3}, "task None is unknown"),
+        ({"task": "forecast", "held_out": 0.2}, "task 'forecast' has no option 'held_out'; what is forecast"),
+        ({"task": "reconstruct", "heldout": 0.2}, "task 'reconstruct': option 'heldout' is unknown; did you mean"),
+        ({"task": "reconstruct", "held_out": 1}, "held_out 1 is not a share between 0 and 1"),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_refused(task: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        get_estimator("moment")(prediction_length=1, task=task)
 
 
 @pytest.mark.parametrize(

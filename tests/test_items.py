@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 
 from gluonts_peft import PeftPredictor, get_adapter, get_estimator
 from gluonts_peft.cli import app
-from gluonts_peft.imputation import train_reconstruction
 from gluonts_peft.items import Items, choose_by_unit, cross_fit_by_unit, judge_items
 from gluonts_peft.keeper import mixed
 from gluonts_peft.predictor import PredictorError
@@ -338,7 +337,7 @@ def test_items_must_be_known_again() -> None:
     with pytest.raises(ValueError, match="item_data is there to choose weights by item; name by='item' too"):
         make_estimator().train(make_dataset(4), item_data=make_dataset(4))
     with pytest.raises(ValueError, match="by 'item' chooses by forecasts and has no part in reconstruction"):
-        train_reconstruction(get_estimator("moment")(prediction_length=1, by="item", validation_windows=3), data)
+        get_estimator("moment")(prediction_length=1, by="item", validation_windows=3, task="reconstruct")
 
 
 def test_items_from_the_command_line(tmp_path: Path) -> None:

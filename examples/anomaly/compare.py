@@ -142,26 +142,28 @@ def model_scores(
     def scores(series: Labelled) -> tuple[Floats, str]:
         from gluonts_peft import PeftPredictor, TuningDidNotHelp, get_estimator, load_backbone
         from gluonts_peft.anomaly import score
-        from gluonts_peft.imputation import train_reconstruction
 
         if options is None:
             backbone = load_backbone(family, prediction_length=HORIZON, checkpoint=checkpoint, context_length=CONTEXT)
             predictor, note = PeftPredictor(backbone), ""
         else:
             held_out = series.clean // 5
-            estimator = get_estimator(family)(
+            kind = get_estimator(family)
+            reconstructs = "reconstruct" in kind.backbone_class.capabilities
+            estimator = kind(
                 prediction_length=HORIZON,
                 context_length=CONTEXT,
                 checkpoint=checkpoint,
                 adapter="lora",
                 validation_windows=max(1, held_out // HORIZON),
                 progress=False,
+                task="reconstruct" if reconstructs else "forecast",
                 **options,
             )
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", TuningDidNotHelp)
-                if "reconstruct" in estimator.backbone_class.capabilities:
-                    predictor = train_reconstruction(estimator, series.training)
+                if reconstructs:
+                    predictor = estimator.train(series.training)
                 else:
                     [whole] = series.training
                     part = {**whole, "target": whole["target"][: series.clean - held_out]}

@@ -158,15 +158,10 @@ def fit(
             progress=sys.stderr.isatty(),
             unusable=unusable,
             any_freq=any_freq,
+            task=task,
         )
         try:
-            predictor: Any
-            if task == "reconstruct":
-                from ..imputation import train_reconstruction
-
-                predictor = train_reconstruction(estimator, dataset, held_out, ckpt_path="last" if resume else None)
-            else:
-                predictor = estimator.train(dataset, held_out, ckpt_path="last" if resume else None)
+            predictor = estimator.train(dataset, held_out, ckpt_path="last" if resume else None)
         except TuningDidNotHelp as error:
             say(f"error: {error}", stderr=True)
             raise typer.Exit(3) from None

@@ -135,7 +135,7 @@ def test_reconstruction_refuses_to_validate_on_what_it_trains_on() -> None:
         ValueError, match="^validation_data holds the same times of the same items as the training data"
     ):
         train_reconstruction(estimator, data, data)
-    with pytest.raises(ValueError, match="^tasks have no part in train_reconstruction"):
+    with pytest.raises(ValueError, match="^tasks have no part in task 'reconstruct'"):
         train_reconstruction(get_estimator("moment")(prediction_length=4, tasks=[{}]), data)
 
 
