@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from recorded import record
 from rich.console import Console
 from rich.table import Table
 from transformers import T5Config, T5ForConditionalGeneration
@@ -137,6 +138,7 @@ def steps(rounds: int = 15) -> None:
     console.print(table)
     slow = [name for name in names if seconds[name] > seconds["full"]]
     console.print(f"slower than full tuning: {', '.join(slow) or 'none'}\n")
+    record("steps", {name: seconds[name] / seconds["full"] for name in names}, console)
 
 
 def forecasts(rounds: int = 3) -> None:
@@ -156,6 +158,7 @@ def forecasts(rounds: int = 3) -> None:
         bundled = ChronosBackbone.from_checkpoint(name, prediction_length=36)
         samples = 20 if "samples" in bundled.capabilities else None
         cases.append((f"{name}, 36 steps", bundled, BaseChronosPipeline.from_pretrained(folder), samples))
+    found: dict[str, float] = {}
     for label, backbone, pipeline, samples in cases:
         batch = windows(32, 72, 36)
         options = {} if samples is None else {"num_samples": samples}
@@ -174,9 +177,11 @@ def forecasts(rounds: int = 3) -> None:
         runs = {"official": theirs, "none": ours, "lora": lambda run=ours, model=adapted: run(model)}
         # A quantile forecast takes milliseconds: many more turns find an undisturbed one.
         seconds = fastest(runs, rounds if samples else 30 * rounds)
-        ratios = [f"{seconds[name] / seconds['official']:.2f}" for name in ("none", "lora")]
-        table.add_row(label, f"{1000 * seconds['official']:.0f}", *ratios)
+        ratios = {name: seconds[name] / seconds["official"] for name in ("none", "lora")}
+        found |= {f"{label}, {name}": ratio for name, ratio in ratios.items()}
+        table.add_row(label, f"{1000 * seconds['official']:.0f}", *(f"{ratio:.2f}" for ratio in ratios.values()))
     console.print(table)
+    record("forecasts", found, console)
 
 
 def sampling() -> None:
@@ -201,6 +206,7 @@ def sampling() -> None:
         f"DTW: {2000 / seconds['ours']:,.0f} pairs a second (36 steps), {seconds['dtaidistance'] / seconds['ours']:.1f}"
         " times as fast as dtaidistance's compiled code called a pair at a time"
     )
+    record("sampling", {"DTW, times as fast": seconds["dtaidistance"] / seconds["ours"]}, console)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from recorded import record
 from rich.console import Console
 
 SEARCH = {
@@ -73,6 +74,7 @@ def main() -> None:
     console.print(f"{options.trials} trials one after the other   {alone:7.1f} s")
     console.print(f"{options.trials} trials on two workers         {both:7.1f} s")
     console.print(f"ratio {both / alone:.2f} (at most 0.6 is the aim); the same ranking: {'yes' if same else 'NO'}")
+    record("search", {"two workers relative to one": both / alone}, console)
 
 
 if __name__ == "__main__":
