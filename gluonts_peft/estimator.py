@@ -65,63 +65,63 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
     max_epochs, num_batches_per_epoch, batch_size, learning_rate, weight_decay, warmup, gradient_clip_val, patience
         See :class:`gluonts_peft.training.TrainingOptions`; ``learning_rate`` None means the adapter's own.
     min_context
-        Fewest steps of history of a training or validation window; ``min(context_length, prediction_length)`` if None.
+        Minimum steps of history in a training or validation window; ``min(context_length, prediction_length)`` if None.
     validation_windows
-        Validation windows a series: the last ones, each ``prediction_length`` apart.
+        Number of validation windows per series: the last ones, ``prediction_length`` apart.
     max_validation_windows
-        Of these, an evenly spaced part is used if there are more.
+        Maximum number of validation windows; of more, an evenly spaced part is used.
     gate
         What to hand over if there is no evidence on the validation windows that the tuned model is better than
         zero-shot, see :class:`gluonts_peft.verdict.Verdict`: ``"fallback"`` warns
         (:class:`~gluonts_peft.TuningDidNotHelp`) and returns the zero-shot predictor, ``"raise"`` raises it,
-        ``"keep"`` returns the tuned predictor all the same. The verdict is recorded in any case; who wants no less than
-        a proof asks for ``predictor.verdict.proven``.
+        ``"keep"`` returns the tuned predictor nevertheless. The verdict is recorded in any case; if only a proof will
+        do, ask for ``predictor.verdict.proven``.
     verdict_unit
-        What the verdict counts: ``"series"``, or ``"patients"``, with what comes before the first ``/`` of an item id
-        as the patient, where several series of one are no independent evidence.
+        Independent unit of the verdict: ``"series"``, or ``"patients"`` if several series come from one patient, whose
+        name precedes the first ``/`` of an item id.
     interpolate
         Whether weights between the pretrained and the tuned model may be handed over too, see
         :func:`gluonts_peft.training.fit`.
     calibrate
-        Recalibrate the quantiles of what is handed over, tuned or zero-shot, on units that neither trained nor chose
-        epoch or weight, see :mod:`gluonts_peft.calibration`: half of the validation units, 20 at least; without
-        validation data a fifth of the training ones, of which nothing is trained on; of a single series half of its
-        validation windows. It is stored with the predictor, and no part of the adapter.
+        Recalibrate the quantiles of the predictor, tuned or zero-shot, on units that are used neither for training nor
+        for choosing epoch and weight, see :mod:`gluonts_peft.calibration`: half of the validation units, at least 20;
+        without validation data a fifth of the training units, which are then not trained on; with a single series half
+        of its validation windows. The calibration is stored with the predictor, not with the adapter.
     by
-        Let each ``"item"``, or ``"patients"`` as of `verdict_unit`, choose a weight of its own by its own history where
-        that is long enough, shrunk towards the common one, see :mod:`gluonts_peft.items`. It takes 3
-        ``validation_windows`` or more. None has one weight for all.
+        Let each ``"item"``, or each of the ``"patients"`` as in `verdict_unit`, choose its own weight by its history if
+        that is long enough, shrunk towards the common weight, see :mod:`gluonts_peft.items`. Needs 3
+        ``validation_windows`` or more. None means one weight for all.
     seed
-        Decides initialisation, windows, dropout and sample paths: same seed, same machine, same numbers.
+        Seed of initialisation, sampled windows, dropout and sample paths: same seed and machine, same numbers.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
     precision
-        A precision of Lightning; ``"auto"`` is bfloat16 where a GPU has it, else float32.
+        A precision of Lightning; ``"auto"`` is bfloat16 on GPUs that support it, else float32.
     time_limit
-        What :meth:`train` may take, e.g. ``"10min"``, ``"1h30min"``, a number of seconds or a ``timedelta``; None means
-        no limit. Zero-shot is scored first, however long that takes. The training ends in time for its verdict, within
-        an epoch if need be, and the best epoch so far is handed over; zero-shot if there was time for none, with a
-        warning. A run that is gone on with has spent what its training took until its last whole epoch. Where the clock
-        ended it, ``fit.stopped`` is ``"time_limit"``: a repetition may end elsewhere.
+        Time for :meth:`train`, e.g. ``"10min"``, ``"1h30min"``, a number of seconds or a ``timedelta``; None means no
+        limit. Zero-shot is scored first, however long that takes. Training stops early enough for the verdict, within
+        an epoch if need be, and the best epoch so far is handed over; if there was time for none, zero-shot with a
+        warning. A resumed run has used the time that its complete epochs took. If time ran out, ``fit.stopped`` is
+        ``"time_limit"``: a repetition may stop at another step.
     folder
-        Where training checkpoints and, for large data, the memory-mapped series go. None writes nothing to disk.
+        Folder of training checkpoints and memory-mapped series; None writes nothing to disk.
     backbone_options
         Options of the family.
     tasks
         Several tasks to train for at once, see :func:`gluonts_peft.objectives.parse_tasks`; None trains for forecasts
-        of ``prediction_length`` steps. The gate then scores all of them together, relative to zero-shot, and
-        ``fit.tasks`` each; where the checkpoint brings no forecasting head, a task that got worse is a warning.
+        of ``prediction_length`` steps. The gate then scores all tasks together, relative to zero-shot, and
+        ``fit.tasks`` has the scores of each; if the checkpoint has no forecasting head, a task that got worse is a
+        warning.
     progress
         Show a progress bar.
     trainer_kwargs
         Further arguments of ``lightning.pytorch.Trainer``: those in :data:`gluonts_peft.trainer_kwargs.ACCEPTED`.
-        Others are options here, or would break the loop, and are refused.
+        Others are refused: they are options of this class, or would break the training loop.
     unusable
-        What becomes of series that give no window to train or validate on, as they are too short or nothing of them was
-        observed: ``"raise"``, or ``"skip"``, which leaves them out and warns with their names.
+        How to treat series that yield no training or validation window, as they are too short or have no observed
+        value: ``"raise"``, or ``"skip"``, which leaves them out with a warning that names them.
     any_freq
-        Train also on data whose every series was observed on a coarser grid than its frequency says, which are else
-        refused.
+        Accept data whose series were all observed on a coarser grid than their frequency, which are otherwise refused.
     task
         What to train for: ``"forecast"``; or, for anomalies and gaps, ``"reconstruct"``, by families with that
         capability. Options are given as ``{"task": "reconstruct", "mask_ratio": 0.3, "held_out": 0.2}``, see
@@ -224,7 +224,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             precision=precision,
             time_limit=time_limit,
         )
-        # What a time limit is measured with.
+        # Clock for the time limit.
         self.clock: Callable[[], float] = time.monotonic
         # Networks to share with other estimators of this process, see `Networks`.
         self.networks: Networks | None = None
@@ -278,7 +278,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
             self.checkpoint,
             prediction_length=self.prediction_length,
             context_length=self.context_length,
-            # Families that build their network otherwise need not know of it.
+            # Only where given: families that override from_checkpoint need not accept it.
             **({} if self.networks is None else {"networks": self.networks}),
             **self.backbone_options,
         )

@@ -83,9 +83,9 @@ def impute(
 ) -> list[DataEntry]:
     """Fill the gaps of each series; observed values stay as they are, bit for bit.
 
-    A gap is filled from a window of ``context_length`` steps with the gap at its centre, where a patch begins;
-    neighbouring gaps share a window as long as they lie in its central half. Gaps at the ends of a series are filled
-    too. What is missing of a patch that is partly observed is bridged before the network sees it.
+    A gap is filled from a window of ``context_length`` steps that is centred on it and aligned so that the gap begins
+    with a patch; neighbouring gaps share a window if they lie in its central half. Gaps at the ends of a series are
+    filled too. Missing steps of a partly observed patch are interpolated before the network sees them.
 
     Parameters
     ----------
@@ -96,15 +96,15 @@ def impute(
     max_gap
         Longest gap to fill, in steps: at most the context less two patches; half the context if None (our choice).
     unfillable
-        What becomes of longer gaps and of series without an observed value: ``"raise"``, or ``"keep"``, which leaves
-        them missing and warns with their number.
+        How to treat longer gaps and series without an observed value: ``"raise"``, or ``"keep"``, which leaves them
+        missing and warns with their number.
     unusable
-        What becomes of series without an observed value, unless they are kept: ``"raise"``, or ``"skip"``, which leaves
-        them out of what is returned and warns with their names.
+        How to treat series without an observed value, unless they are kept: ``"raise"``, or ``"skip"``, which leaves
+        them out of the result with a warning that names them.
     any_freq
-        Take data of another frequency than the model was tuned on.
+        Accept data of another frequency than the model was tuned on.
     batch_size
-        Windows at a time.
+        Windows per forward pass.
     progress
         Show a progress bar.
 
@@ -116,9 +116,9 @@ def impute(
     Raises
     ------
     EntryError
-        If it is no dataset, or an entry is wrong. It is a ValueError and a TypeError.
+        If `dataset` is no dataset, or an entry is wrong. It is a ValueError and a TypeError.
     ValueError
-        If the family does not reconstruct, an argument cannot be used, or a series is unusable or cannot be filled, and
+        If the family does not reconstruct, an argument cannot be used, or a series is unusable or cannot be filled and
         the policy is to raise; the message names it.
     """
     backbone = backbone_of(model)
@@ -173,7 +173,7 @@ def impute(
     series, begins, ends = np.array(plan, np.int64).reshape(-1, 3).T
     width = min(context, int(store.lengths.max()))
     last = np.minimum(np.maximum((begins + ends) // 2 + width // 2, width), store.lengths[series])
-    # A gap that begins with a patch leaves fewer patches partly observed.
+    # If gaps begin with a patch, fewer patches are partly observed.
     aligned = last - (last - begins) % patch
     last = np.where((aligned >= width) & (aligned >= ends), aligned, last)
     for rows in batches(len(plan), batch_size, "impute", progress):
@@ -184,7 +184,7 @@ def impute(
             target, first = filled[series[row]], last[row] - width
             steps = np.arange(begins[row], ends[row])
             steps = steps[wanted[store.offsets[series[row]] + steps]]
-            # By way of their shortest decimals, that float64 does not show digits which nobody computed.
+            # Via the shortest decimal, so that float64 shows no digits that were not computed.
             shown = window[steps - first]
             shown = shown.astype(str) if shown.dtype == np.float32 else np.round(shown, decimals[row - rows.start])
             with np.errstate(over="ignore"):
@@ -203,14 +203,13 @@ def write_imputed(
 ) -> pd.DataFrame:
     """Write filled series as a long table, one row per item and time, and return it.
 
-    Time stamps are those of the data, where the entries know them (`read_dataset`, ``PandasDataset``); else they are
-    the starts of the periods.
+    Time stamps are those of the data if the entries know them (from `read_dataset` or ``PandasDataset``), else the
+    starts of the periods.
 
     Parameters
     ----------
     dataset, filled
-        What :func:`impute` was given and gave back; each entry has an ``item_id``. Series that were left out are passed
-        over.
+        Input and output of :func:`impute`; each entry has an ``item_id``. Series that were left out are skipped.
     path
         File to write, ``.csv``, ``.csv.gz`` or ``.parquet``, in an existing folder.
     overwrite
@@ -238,14 +237,14 @@ def write_imputed(
 
 
 def _decimals(values: Floats, observed: Floats) -> list[int]:
-    """Return the decimal places that a network's float32 tells apart in each window."""
+    """Return the number of decimals that float32 resolves over the range of each window."""
     high, low = np.where(observed > 0, values, -np.inf).max(1), np.where(observed > 0, values, np.inf).min(1)
     spread = (high - low).astype(np.float64)
     return [7 - math.ceil(math.log10(each)) if each > 0 else 7 for each in spread.tolist()]
 
 
 def _shared(gaps: Integers, span: int) -> list[tuple[int, int]]:
-    """Join neighbouring gaps, begin to end, as long as they span no more than `span` steps."""
+    """Join neighbouring gaps, given as (begin, end), while together they span at most `span` steps."""
     joined: list[tuple[int, int]] = []
     for begin, end in gaps.tolist():
         if joined and end - joined[-1][0] <= span:

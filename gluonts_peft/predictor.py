@@ -144,24 +144,24 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         dataset
             GluonTS dataset.
         num_samples
-            Sample paths a series, for families that sample; quantile families have no use for it.
+            Sample paths per series, for families that sample; ignored by those that forecast quantiles.
         unusable
-            What becomes of series without an observed value in their context: ``"raise"``, or ``"skip"``, which yields
+            How to treat series without an observed value in their context: ``"raise"``, or ``"skip"``, which yields
             nothing for them and warns with their names.
         any_freq
-            Take data of another frequency than the model was tuned on.
+            Accept data of another frequency than the model was tuned on.
 
         Yields
         ------
         QuantileForecast or SampleForecast
-            As the family forecasts, after the ``calibration`` if there is one; each with the ``item_id`` of its entry,
-            as it is.
+            As the family forecasts, with the ``calibration`` applied if there is one; each with the unchanged
+            ``item_id`` of its entry.
 
         Raises
         ------
         EntryError
-            If it is no dataset, or an entry is wrong, see :mod:`gluonts_peft.series.entries`: at the call for a list,
-            else when the entry is reached, before its batch is forecast. It is a ValueError and a TypeError.
+            If `dataset` is no dataset, or an entry is wrong, see :mod:`gluonts_peft.series.entries`: raised by the call
+            for a list, else when the entry is reached, before its batch is forecast. A ValueError and a TypeError.
         ValueError
             If a series is unusable, or its forecast is not finite; the message names it.
         """
@@ -207,10 +207,10 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         num_samples: int | None,
         generator: torch.Generator,
     ) -> tuple[NDArray[Any], tuple[float, ...] | None]:
-        """Forecast a batch, each entry by its weight; values in the order of the entries, and their levels."""
+        """Forecast a batch, each entry with its weight; return values in the order of the entries, and their levels."""
         backbone = self.backbone
         with ExitStack() as readers:
-            # Anew for each batch: in between, also in other threads, the adapter may be exchanged or merged.
+            # Entered for each batch: between batches another thread may swap or merge the adapter.
             with backbone.weights.lock if self.items is not None else nullcontext():
                 items = self.items
                 if items is None:
@@ -231,7 +231,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
                     return values, result.levels
                 if found is None:
                     found = np.empty((len(entries), *values.shape[1:]), values.dtype)
-                # One part may need float64 where the others do not.
+                # One part may need float64 though others do not.
                 found = found.astype(np.result_type(found, values), copy=False)
                 found[rows] = values
         assert found is not None, "a batch has entries"
@@ -240,7 +240,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
     def shorten(self, prediction_length: int) -> PeftPredictor:
         """Return a predictor of the same model that hands over the first steps of each forecast.
 
-        Features that are known in the future must still cover all steps that the model forecasts.
+        Known future covariates must still cover all steps that the model forecasts.
 
         Raises
         ------
@@ -262,7 +262,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
     def serialize(self, path: Path) -> None:
         """Write the predictor into a folder: JSON and the adapter's tensors, never the base weights.
 
-        A calibration is part of the JSON: plain PEFT opens the adapter without it.
+        A calibration is part of the JSON, not of the adapter that plain PEFT opens.
 
         Parameters
         ----------
@@ -281,7 +281,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             raise PredictorError(
                 "a merged predictor has no adapter to store; write the whole model with export(folder)"
             )
-        # The file that makes the folder a predictor comes last.
+        # The file that makes the folder a predictor is written last.
         names = (ADAPTER, ITEMS, CONFIG, TYPE)
 
         def check() -> None:
@@ -315,7 +315,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         device
             ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
         checkpoint
-            Where the base weights lie now, if not where they were. They must be the same weights.
+            Where the base weights are now, if they were moved. They must be the same weights.
 
         Raises
         ------
@@ -342,9 +342,9 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         return cls(backbone, fit=stored.fit, device=device, items=stored.items, **stored.settings)
 
     def swap(self, adapter: str | Path) -> None:
-        """Exchange the adapter in place; the base weights stay in memory.
+        """Swap the adapter in place; the base weights stay in memory.
 
-        ``fit``, ``freq``, ``calibration`` and ``items`` become those of the predictor that the adapter comes from, None
+        ``fit``, ``freq``, ``calibration`` and ``items`` become those of the predictor that holds the adapter, or None
         for a bare adapter.
 
         Parameters
@@ -355,7 +355,7 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         Raises
         ------
         AdapterError, PredictorError
-            If it does not fit or is damaged; the adapter that was attached stays.
+            If it does not fit or is damaged; the current adapter then stays.
         """
         if self.merged:
             raise AdapterError("a merged predictor cannot exchange its adapter: it is part of the weights now")
@@ -383,9 +383,9 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             self.fit, self.freq, self.calibration, self.items = fit, freq, calibration, items
 
     def merge(self) -> None:
-        """Fold the adapter into the base weights, in place: same forecasts, no adapter left.
+        """Merge the adapter into the base weights, in place: same forecasts, no adapter left.
 
-        Items with weights of their own get the common one, with a warning.
+        Items with their own weights get the common weight, with a warning.
 
         Raises
         ------
@@ -402,8 +402,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
     def export(self, folder: str | Path) -> None:
         """Write base and adapter, merged, in the family's own layout, for use without this project.
 
-        A calibration is no part of it, as a warning says: the quantiles are those of the network.
-        Where items have weights of their own, what is written has the common one, with a warning.
+        A calibration is not exported, which a warning says: the quantiles are those of the network. If items have their
+        own weights, the export has the common weight, with a warning.
 
         Parameters
         ----------
