@@ -89,7 +89,8 @@ def wells(tmp_path: Path, offer: Callable[[str], None]) -> dict[str, Any]:
 
 def write(path: Path, level: int) -> None:
     names = [f"{site}/{water}" for site in range(10) for water in ("fresh", "salt")][:-1]
-    path.write_text(json.dumps({name: [level + step % 7 for step in range(40)] for name in names}))
+    levels = {name: [level + place + step % 7 for step in range(40)] for place, name in enumerate(names)}
+    path.write_text(json.dumps(levels))
 
 
 def sites(entries: list[dict[str, Any]]) -> set[str]:
