@@ -8,7 +8,7 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,6 +28,7 @@ from .objectives import parse_tasks
 from .predictor import PeftPredictor
 from .preparation import TrainingTask, parse_task
 from .series.entries import Door, Unusable, called, check_unusable
+from .series.frames import from_dataframe, is_dataframe
 from .series.store import SeriesStore
 from .series.windows import Windows
 from .trainer_kwargs import check_trainer_kwargs, resolve_precision
@@ -289,13 +290,20 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         validation_data: Dataset | None = None,
         ckpt_path: str | None = None,
         item_data: Dataset | None = None,
+        *,
+        item_id: str | None = "item_id",
+        timestamp: str = "timestamp",
+        target: str = "target",
+        known: Sequence[str] = (),
+        past: Sequence[str] = (),
     ) -> PeftPredictor:
-        """Tune on a GluonTS dataset.
+        """Tune on a GluonTS dataset, or on a data frame.
 
         Parameters
         ----------
         training_data
-            Data that training windows are drawn from.
+            Data that training windows are drawn from: a GluonTS dataset, or a frame of pandas, polars or pyarrow with
+            one row per item and time.
         validation_data
             Their last windows decide which weights are handed over, and the verdict. If None, the labels of the last
             ``validation_windows`` windows of each training series are held out and not trained on; with a task
@@ -308,6 +316,8 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         item_data
             Series whose last ``validation_windows`` windows choose their weights, with `by`: the histories of the
             series to forecast. Those that are too short have the common weight. If None, the validation data choose.
+        item_id, timestamp, target, known, past
+            Columns of data frames, see :func:`gluonts_peft.series.frames.from_dataframe`.
 
         Returns
         -------
@@ -323,6 +333,11 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         TuningDidNotHelp
             If ``gate="raise"`` and there is no evidence that tuning helped.
         """
+        columns: dict[str, Any] = dict(item_id=item_id, timestamp=timestamp, target=target, known=known, past=past)
+        training_data, validation_data, item_data = (
+            from_dataframe(data, **columns) if is_dataframe(data) else data
+            for data in (training_data, validation_data, item_data)
+        )
         deadline = self.deadline()
         resolve_precision(self.options.precision, resolve_device(self.options.device))
         self.skipped = {}

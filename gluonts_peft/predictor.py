@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from gluonts.dataset.common import Dataset
 from gluonts.model.forecast import Forecast
@@ -38,6 +39,7 @@ from .predictor_folder import (
 )
 from .series.batches import context_batches
 from .series.entries import Door, nothing_seen
+from .series.frames import LEVELS, from_dataframe, to_dataframe
 from .training import Fit, Gate, resolve_device, to_device
 from .units import refuse_nonfinite
 from .verdict import Verdict
@@ -176,6 +178,52 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
             any_freq=any_freq,
         )
         return self._predict(door.open(dataset), num_samples)
+
+    def predict_df(
+        self,
+        frame: Any,
+        *,
+        future: Any = None,
+        quantile_levels: Sequence[float] = LEVELS,
+        item_id: str | None = "item_id",
+        timestamp: str = "timestamp",
+        target: str = "target",
+        known: Sequence[str] = (),
+        past: Sequence[str] = (),
+        freq: str | None = None,
+        num_samples: int | None = None,
+        unusable: str = "raise",
+        any_freq: bool = False,
+    ) -> pd.DataFrame:
+        """Forecast the steps after the end of each series of a data frame.
+
+        Parameters
+        ----------
+        frame, future, item_id, timestamp, target, known, past, freq
+            One row per item and time, and the `known` columns after the end of each series, see
+            :func:`gluonts_peft.series.frames.from_dataframe`.
+        quantile_levels
+            Between 0 and 1, see :func:`gluonts_peft.series.frames.to_dataframe`.
+        num_samples, unusable, any_freq
+            As of :meth:`predict`.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row per item and step: `item_id`, `timestamp`, ``target_name``, ``predictions`` (the median) and a
+            column for each level, as Chronos's ``predict_df`` has them.
+
+        Raises
+        ------
+        ValueError
+            As of :meth:`predict` and :func:`~gluonts_peft.series.frames.from_dataframe`.
+        """
+        columns: dict[str, Any] = dict(item_id=item_id, timestamp=timestamp, target=target, known=known, past=past)
+        entries = from_dataframe(frame, future=future, freq=freq, **columns)
+        forecasts = self.predict(entries, num_samples=num_samples, unusable=unusable, any_freq=any_freq)
+        return to_dataframe(
+            forecasts, quantile_levels, item_id=item_id or "item_id", timestamp=timestamp, target=target
+        )
 
     def _predict(self, dataset: Iterable[Mapping[str, Any]], num_samples: int | None) -> Iterator[Forecast]:
         backbone = self.backbone

@@ -33,6 +33,15 @@ class Columns:
         list[str] | None, typer.Option(help="Column that is meant to be left out, '*' for all; repeatable.")
     ] = None
 
+    known: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of a feature that is known in the future too, as promotions; repeatable, or a,b."),
+    ] = None
+    past: Annotated[
+        list[str] | None,
+        typer.Option(help="Column of a feature that is known in the past only, as temperatures; repeatable, or a,b."),
+    ] = None
+
     @property
     def names(self) -> tuple[str, str, str]:
         """Names of the columns for item, time and value, for what is written."""
@@ -45,6 +54,7 @@ class Columns:
         options = {field.name: getattr(self, field.name) for field in fields(self)}
         ignore = list(self.ignore or ()) + list(changes.pop("also_ignore", ()))
         options |= {"item_id": self.item_id or None, "ignore": True if "*" in ignore else ignore}
+        options |= {name: _several(getattr(self, name)) for name in ("known", "past")}
         return read_dataset(path, **{**options, **changes})
 
 
@@ -72,3 +82,8 @@ def reads_data(verb: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
     return run
+
+
+def _several(given: list[str] | None) -> list[str]:
+    """Return the names of columns that were given one by one or separated by commas."""
+    return [name for each in given or () for name in each.split(",") if name]

@@ -45,6 +45,9 @@ def forecast(
     horizon: Horizon = None,
     context: Context = None,
     num_samples: Samples = None,
+    future: Annotated[
+        Path | None, typer.Option(help="Table of the --known columns after the end of each series.")
+    ] = None,
     device: Device = "auto",
     unusable: Unusable = "raise",
     any_freq: AnyFreq = False,
@@ -58,7 +61,7 @@ def forecast(
 
     check_model(model, family, horizon, context)
     writable(out, overwrite)
-    dataset = columns.read(data)
+    dataset = columns.read(data, future=future)
     predictor = load_model(model, family, checkpoint, horizon, context, device)
     check_samples(predictor, num_samples)
     count = 0

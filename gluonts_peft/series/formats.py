@@ -141,9 +141,9 @@ class TextTable:
         return bool(len(found) and found.str.match(r"\s*(\d{4}\D?\d\d|\d+[-/. ]\w+[-/. ]\d)").all())
 
     def read(self, wanted: dict[str, str]) -> Any:
-        text = {column: str for argument, column in wanted.items() if argument != "target"}
+        text = {column: str for argument, column in wanted.items() if argument in ("item_id", "timestamp")}
         # An item may be called "NA"; only an empty field is a missing id.
-        missing = {**{column: [""] for column in text}, wanted["target"]: list(_MISSING)}
+        missing = {column: [""] if column in text else list(_MISSING) for column in wanted.values()}
         # Not by usecols, which silently drops a surplus field, such as that of an unquoted 1,5.
         return self._frame(dtype=text, na_values=missing, keep_default_na=False)[list(wanted.values())]
 

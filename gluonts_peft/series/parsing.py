@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from numpy.typing import NDArray
 
 from .calendar import DAY, Stamps, offset_from
 
-__all__ = ["RowNames", "check_duplicates", "item_ids", "parse_stamps", "parse_values"]
+__all__ = ["RowNames", "check_duplicates", "item_ids", "named", "parse_stamps", "parse_values", "require_columns"]
+
+# Column names that a message lists at most.
+_SHOWN = 20
 
 
 class RowNames:
@@ -24,6 +28,21 @@ class RowNames:
 
     def __getitem__(self, row: int) -> Any:
         return self.items[self.codes[row]]
+
+
+def require_columns(path: Path, columns: Sequence[str], wanted: dict[str, str]) -> None:
+    """Raise a ValueError that names the argument if one of the wanted columns (argument -> column) is missing."""
+    for argument, column in wanted.items():
+        if column not in columns:
+            near = difflib.get_close_matches(column, columns, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ";"
+            raise ValueError(f"{argument} {column!r} is not a column of '{path}'{hint} columns: {named(columns)}")
+
+
+def named(columns: Sequence[str]) -> str:
+    """Return the names of columns for a message."""
+    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
+    return ", ".join(columns[:_SHOWN]) + more
 
 
 def item_ids(column: Any, path: Path, name: str) -> tuple[NDArray[np.int64], list[Any]]:
@@ -152,9 +171,9 @@ def check_duplicates(codes: Any, items: Sequence[Any], stamps: Stamps, path: Pat
 
 
 def parse_values(
-    column: Any, path: Path, name: str, items: RowNames, stamps: Stamps, decimal: str
+    column: Any, path: Path, name: str, items: RowNames, stamps: Stamps, decimal: str, role: str = "target"
 ) -> NDArray[np.float64]:
-    """Return the values of a column, shape ``(rows,)``, NaN where one is missing.
+    """Return the values of a column, shape ``(rows,)``, NaN where one is missing; its role is named by messages.
 
     Raises
     ------
@@ -171,7 +190,7 @@ def parse_values(
         mark = rf"\s*[-+]?\d*{re.escape(other)}\d+([eE][-+]?\d+)?\s*"
         hint = f"; a decimal {other!r}? give decimal={other!r} (command line: --decimal {other})"
         raise ValueError(
-            f"target {name!r} of item {items[bad[0]]!r} at {stamps.at(int(bad[0]))} in '{path}' is "
+            f"{role} {name!r} of item {items[bad[0]]!r} at {stamps.at(int(bad[0]))} in '{path}' is "
             f"{text!r}, which is not a number ({len(bad)} such rows); "
             f"leave missing values empty, or name another column{hint if re.fullmatch(mark, text) else ''}"
         )
@@ -181,7 +200,7 @@ def parse_values(
     if len(infinite):
         first = int(infinite[0])
         raise ValueError(
-            f"target {name!r} of item {items[first]!r} at {stamps.at(first)} in '{path}' is "
+            f"{role} {name!r} of item {items[first]!r} at {stamps.at(first)} in '{path}' is "
             f"{numbers.iloc[first]}, infinite as float32 ({len(infinite)} such rows); leave missing values empty"
         )
     return values

@@ -7,7 +7,6 @@ order of day and month, nor the separator, nor the purpose of an unknown column.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 from collections.abc import Sequence
@@ -15,24 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
 
-from .calendar import with_calendar
 from .folders import GLUONTS, DataEntry, files_of, read_gluonts, suffix_of
 from .formats import ArrowTable, TableFormat, TextTable
-from .grid import lay
-from .parsing import RowNames, check_duplicates, item_ids, parse_stamps, parse_values
-from .rows import narrowest
+from .frames import Roles, entries_of, from_dataframe, to_dataframe
+from .parsing import named, require_columns
 from .splitting import split_by_item
 from .writing import TABLES, writable, write_forecasts, write_table
 
 __all__ = [
     "DataEntry",
     "TableFormat",
+    "from_dataframe",
     "read_dataset",
     "require_columns",
     "split_by_item",
+    "to_dataframe",
     "writable",
     "write_forecasts",
     "write_table",
@@ -42,8 +39,6 @@ _log = logging.getLogger(__name__)
 
 _KNOWN = (*TABLES, *GLUONTS)
 _ARROW = (".parquet", ".arrow", ".feather")
-# Column names that a message lists at most.
-_SHOWN = 20
 
 
 def read_dataset(
@@ -59,6 +54,9 @@ def read_dataset(
     date_format: str | None = None,
     encoding: str = "utf-8",
     ignore: bool | str | Sequence[str] = False,
+    known: Sequence[str] = (),
+    past: Sequence[str] = (),
+    future: str | os.PathLike[str] | None = None,
 ) -> list[DataEntry]:
     """Read a dataset from a long table or from GluonTS files.
 
@@ -92,6 +90,11 @@ def read_dataset(
         Format of a text table, see `TableFormat`.
     ignore
         Columns that are left out on purpose, or True for all others; a warning names columns that are not read.
+    known, past
+        Columns of features, of a table: numbers that are known in the future too, or in the past only.
+    future
+        Table with the `known` columns after the end of each series, see
+        :func:`~gluonts_peft.series.frames.from_dataframe`.
 
     Returns
     -------
@@ -141,34 +144,27 @@ def read_dataset(
     columns = source.columns
     if suffix in _ARROW and {"start", "target"} <= set(columns) and timestamp not in columns:
         return read_gluonts([path], path.parent, freq)
-    wanted = {"timestamp": timestamp, "target": target}
-    if item_id is not None:
-        wanted = {"item_id": item_id, **wanted}
+    roles = Roles(item_id, timestamp, target, tuple(known), tuple(past))
+    wanted = roles.wanted()
     missing = [argument for argument, column in wanted.items() if column not in columns]
-    if missing:
-        if "timestamp" not in missing or len(missing) > 1:
-            _refuse_wide(source, path, wanted, missing)
-        require_columns(path, columns, wanted)
-    if len(set(wanted.values())) < len(wanted):
-        pairs = ", ".join(f"{argument} {column!r}" for argument, column in wanted.items())
-        raise ValueError(f"one column of '{path}' is asked for twice: {pairs}; give each its own column")
+    if missing and ("timestamp" not in missing or len(missing) > 1):
+        _refuse_wide(source, path, wanted, missing)
+    roles.check(columns, path)
     _report_ignored(path, columns, wanted, ignore)
+    later = None if future is None else _read_future(Path(future), roles, written)
     frame = source.read(wanted)
-    return _entries(frame, path, freq, item_id, timestamp, target, dtype, written)
+    options: dict[str, Any] = dict(freq=freq, dtype=dtype, date_format=written.date_format, decimal=written.decimal)
+    return entries_of(frame, path, roles, later, **options)
 
 
-def require_columns(path: Path, columns: Sequence[str], wanted: dict[str, str]) -> None:
-    """Raise a ValueError that names the argument if one of the wanted columns (argument -> column) is missing."""
-    for argument, column in wanted.items():
-        if column not in columns:
-            near = difflib.get_close_matches(column, columns, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ";"
-            raise ValueError(f"{argument} {column!r} is not a column of '{path}'{hint} columns: {_named(columns)}")
-
-
-def _named(columns: Sequence[str]) -> str:
-    more = f" and {len(columns) - _SHOWN} more" if len(columns) > _SHOWN else ""
-    return ", ".join(columns[:_SHOWN]) + more
+def _read_future(path: Path, roles: Roles, written: TableFormat) -> Any:
+    if not path.is_file():
+        raise ValueError(f"future '{path}' does not exist; give a table ({', '.join(TABLES)})")
+    suffix = suffix_of(path, TABLES)
+    if suffix is None:
+        raise ValueError(f"future '{path}' has an unknown ending; known: {', '.join(TABLES)}")
+    source = ArrowTable(path, suffix) if suffix in _ARROW else TextTable(path, written)
+    return source.read(roles.check(source.columns, path, future=True))
 
 
 def _report_ignored(
@@ -183,7 +179,7 @@ def _report_ignored(
             "--ignore)",
             path,
             len(others),
-            _named(others),
+            named(others),
         )
 
 
@@ -210,52 +206,3 @@ def _refuse_wide(source: TextTable | ArrowTable, path: Path, wanted: dict[str, s
         f".melt({times[0]!r}, var_name='item_id', value_name='target'){renamed}; or read one series: "
         f"item_id=None, {api}target={values[0]!r} (command line: --item-id '' {command}--target {values[0]})"
     )
-
-
-def _entries(
-    frame: Any,
-    path: Path,
-    freq: str | None,
-    item_id: str | None,
-    timestamp: str,
-    target: str,
-    dtype: Any,
-    written: TableFormat,
-) -> list[DataEntry]:
-    """Return the entries of a table, each on a regular grid from its first to its last stamp."""
-    if not len(frame):
-        raise ValueError(f"path '{path}' holds no rows; give a table with at least one")
-    if item_id is None:
-        codes, items = np.zeros(len(frame), np.int64), [path.name.split(".")[0]]
-    else:
-        codes, items = item_ids(frame[item_id], path, item_id)
-    rows = RowNames(codes, items)
-    column = frame[timestamp]
-    if isinstance(column.dtype, pd.PeriodDtype):
-        freq = freq or str(column.dtype.freq.freqstr if column.isna().all() else column.dropna().iloc[0].freqstr)
-        column = column.dt.to_timestamp()
-    stamps = parse_stamps(column, path, timestamp, rows, written.date_format)
-    order = np.lexsort((stamps.instants, codes))
-    codes, stamps = codes[order], stamps[order]
-    check_duplicates(codes, items, stamps, path)
-    values = parse_values(frame[target].iloc[order], path, target, RowNames(codes, items), stamps, written.decimal)
-
-    grid = lay(codes, items, stamps, freq)
-    offsets = np.concatenate([[0], np.cumsum(grid.lengths)])
-    filled = np.full(offsets[-1], np.nan)
-    filled[offsets[codes] + grid.positions] = values
-    if len(filled) > len(values):
-        _log.info("'%s': %d missing time stamps filled with NaN at freq %s", path, len(filled) - len(values), grid.freq)
-    entries: list[DataEntry] = [
-        # A copy, so that one series does not keep the memory of all alive.
-        {"start": start, "target": _typed(filled[begin:end], dtype), "item_id": name}
-        for start, begin, end, name in zip(grid.starts, offsets[:-1], offsets[1:], items, strict=True)
-    ]
-    if all(calendar.plain for calendar in grid.calendars):
-        return entries
-    # All or none: GluonTS infers the fields of a batch from its first entry.
-    return [with_calendar(entry, calendar) for entry, calendar in zip(entries, grid.calendars, strict=True)]
-
-
-def _typed(values: NDArray[np.float64], dtype: type[np.floating[Any]] | None) -> NDArray[np.floating[Any]]:
-    return narrowest(values) if dtype is None else values.astype(dtype)

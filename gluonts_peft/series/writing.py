@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..files import replacing
 from .calendar import Stamps, calendar_of, stamp_table
 
-__all__ = ["TABLES", "Names", "writable", "write_columns", "write_forecasts", "write_table"]
+__all__ = ["TABLES", "Names", "forecast_columns", "writable", "write_columns", "write_forecasts", "write_table"]
 
 TABLES = (".csv", ".csv.gz", ".parquet")
 """Endings of the tables that can be written."""
@@ -65,15 +65,43 @@ def write_forecasts(
         ``item_id`` or does not know a level; or if there are no forecasts.
     """
     path, suffix = writable(path, overwrite)
-    levels = [float(level) for level in quantiles]
-    for level in levels:
-        if not 0.0 < level < 1.0:
-            raise ValueError(f"quantiles holds {level}, which is not between 0 and 1; give levels like 0.1")
-    if len(set(levels)) < len(levels):
-        raise ValueError(f"quantiles {levels} holds a level twice; give each once")
+    levels = _check_levels(quantiles)
     names = (*columns, "mean", *map(str, levels))
     if len(set(names)) < len(names):
         raise ValueError(f"columns {tuple(columns)} are those of values too: {', '.join(names[2:])}; give other names")
+    items, stamps, table = forecast_columns(forecasts, levels, mean=True, path=path)
+    write_columns(dict(zip(names, (items, stamps, *table), strict=True)), path, suffix)
+
+
+def forecast_columns(
+    forecasts: Iterable[Any],
+    levels: Sequence[float],
+    *,
+    given: Sequence[float] | None = None,
+    mean: bool = False,
+    path: Path | None = None,
+) -> tuple[Names, Stamps, NDArray[Any]]:
+    """Return the items, the time stamps and the values of forecasts one after another, step by step.
+
+    Parameters
+    ----------
+    forecasts
+        Univariate GluonTS forecasts, each with an ``item_id``.
+    levels
+        Quantiles between 0 and 1.
+    given
+        Those of them that the caller was given and that must differ; all if None.
+    mean
+        Whether the first row of values is the mean.
+    path
+        Where they are written to, for the message that there are none.
+
+    Returns
+    -------
+    tuple
+        Names and stamps of the rows, and values of shape ``([1 +] levels, rows)``.
+    """
+    _check_levels(levels if given is None else given)
     items: list[Any] = []
     starts: list[pd.Period] = []
     calendars: list[Any] = []
@@ -83,17 +111,26 @@ def write_forecasts(
         for position, forecast in enumerate(batch, start=len(items)):
             if forecast.item_id is None:
                 raise ValueError(f"forecast {position} has no item_id; give every entry of the dataset an 'item_id'")
-        block, own = _values(batch, levels)
+        block, own = _values(batch, levels, mean)
         values.append(block)
         lengths.extend(own)
         items.extend(forecast.item_id for forecast in batch)
         starts.extend(forecast.start_date for forecast in batch)
         calendars.extend(map(calendar_of, batch))
     if not items:
-        raise ValueError(f"there are no forecasts to write to '{path}'; is the dataset, or an iterator, used up?")
-    table = np.concatenate(values, axis=1)
-    stamps = stamp_table(starts, lengths, calendars)
-    write_columns(dict(zip(names, (Names(items, lengths), stamps, *table), strict=True)), path, suffix)
+        where = "" if path is None else f" to write to '{path}'"
+        raise ValueError(f"there are no forecasts{where}; is the dataset, or an iterator, used up?")
+    return Names(items, lengths), stamp_table(starts, lengths, calendars), np.concatenate(values, axis=1)
+
+
+def _check_levels(quantiles: Sequence[float]) -> list[float]:
+    levels = [float(level) for level in quantiles]
+    for level in levels:
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"quantiles holds {level}, which is not between 0 and 1; give levels like 0.1")
+    if len(set(levels)) < len(levels):
+        raise ValueError(f"quantiles {levels} holds a level twice; give each once")
+    return levels
 
 
 def _batches(forecasts: Iterable[Any]) -> Iterator[list[Any]]:
@@ -107,13 +144,13 @@ def _batches(forecasts: Iterable[Any]) -> Iterator[list[Any]]:
         yield batch
 
 
-def _values(forecasts: Sequence[Any], levels: Sequence[float]) -> tuple[NDArray[Any], list[int]]:
-    """Mean and quantiles of forecasts one after another, shape ``(1 + levels, time)``, and the length of each."""
+def _values(forecasts: Sequence[Any], levels: Sequence[float], mean: bool) -> tuple[NDArray[Any], list[int]]:
+    """Return quantiles of forecasts, after their mean if wanted, one after another, and the length of each."""
     from gluonts.model.forecast import QuantileForecast, SampleForecast
 
     first = forecasts[0]
     # By itself, for what is said once: that there is no mean, that a level is not known.
-    blocks = [_one(first, levels)]
+    blocks = [_one(first, levels, mean)]
     rest = forecasts[1:]
     # Only what is exactly of these types, and alike, is known to store its numbers alike.
     alike = bool(rest) and all(type(other) is type(first) for other in rest)
@@ -123,7 +160,7 @@ def _values(forecasts: Sequence[Any], levels: Sequence[float]) -> tuple[NDArray[
         and all(other.forecast_keys == first.forecast_keys and other.forecast_array.ndim == 2 for other in rest)
     ):
         keys = first.forecast_keys
-        wanted = ["mean" if "mean" in keys else "0.5", *map(str, levels)]
+        wanted = [*(["mean" if "mean" in keys else "0.5"] if mean else []), *map(str, levels)]
         if set(wanted) <= set(keys):
             picked = [keys.index(key) for key in wanted]
             block = np.concatenate([other.forecast_array for other in rest], axis=1)[picked]
@@ -131,27 +168,27 @@ def _values(forecasts: Sequence[Any], levels: Sequence[float]) -> tuple[NDArray[
                 return np.concatenate([*blocks, block], axis=1), [other.forecast_array.shape[1] for other in forecasts]
     elif alike and type(first) is SampleForecast and all(other.samples.shape == first.samples.shape for other in rest):
         # As GluonTS has it, forecast by forecast: means in another order differ in the last bit.
-        means = np.stack([np.mean(other.samples, axis=0) for other in rest])
+        means = [np.stack([np.mean(other.samples, axis=0) for other in rest])[None]] if mean else []
         ranked = np.sort(np.stack([other.samples for other in rest]), axis=1)
         ranks = [int(np.round((ranked.shape[1] - 1) * level)) for level in levels]
-        block = np.concatenate([means[None], ranked[:, ranks].transpose(1, 0, 2)]).reshape(1 + len(levels), -1)
+        block = np.concatenate([*means, ranked[:, ranks].transpose(1, 0, 2)]).reshape(len(blocks[0]), -1)
         return np.concatenate([*blocks, block], axis=1), [first.samples.shape[1]] * len(forecasts)
-    blocks += [_one(other, levels) for other in rest]
+    blocks += [_one(other, levels, mean) for other in rest]
     return np.concatenate(blocks, axis=1), [block.shape[1] for block in blocks]
 
 
-def _one(forecast: Any, levels: Sequence[float]) -> NDArray[Any]:
+def _one(forecast: Any, levels: Sequence[float], mean: bool) -> NDArray[Any]:
     name = forecast.item_id
-    mean = np.asarray(forecast.mean)
-    if mean.ndim != 1:
+    first = np.asarray(forecast.mean if mean else forecast.quantile(0.5))
+    if first.ndim != 1:
         raise ValueError(
-            f"the forecast of item {name!r} has the shape {mean.shape}; only univariate ones can be written, "
+            f"the forecast of item {name!r} has the shape {first.shape}; only univariate ones can be written, "
             "take forecast.copy_dim(0) and so on"
         )
-    rows = [mean]
+    rows = [first] if mean else []
     for level in levels:
         values = np.asarray(forecast.quantile(level))
-        if np.any(np.isnan(values) & ~np.isnan(mean)):
+        if np.any(np.isnan(values) & ~np.isnan(first)):
             stored = ", ".join(getattr(forecast, "forecast_keys", ()))
             raise ValueError(f"the forecast of item {name!r} does not know the quantile {level}; it has: {stored}")
         rows.append(values)
