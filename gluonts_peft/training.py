@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .adapters.base import Adapter
     from .backbone import Backbone
     from .items import ItemJudge
-    from .verdict import Judge
+    from .verdict import Judge, Verdict
 
     Loss = Callable[[Backbone, Mapping[str, Tensor]], Tensor]
 
@@ -325,12 +325,8 @@ def fit(
                 with deadline.measuring("pass"):
                     validate()
                 a_pass = deadline.cost("pass")
-            # The cost of an epoch is not known before the first; it is estimated from passes over the same windows.
-            deadline.expect("batch", _STEP * a_pass * options.batch_size / max(count, 1))
-            deadline.expect("epoch's end", a_pass + (judged - validated) * (1 + len(between)))
-            share = 0.0 if items is None or judge is None else (len(between) + 3) * len(items) / max(judge.windows, 1)
-            later = deadline.cost("after") + deadline.cost("calibration")
-            deadline.expect("end", a_pass + later + share * (judged - validated))
+            by_item = 0.0 if items is None or judge is None else len(items) / max(judge.windows, 1)
+            _expect(deadline, a_pass, judged - validated, len(between), options.batch_size / max(count, 1), by_item)
         keeper = Keeper(adapter, path, run, options.patience, judge, between, deadline, before)
         callbacks: list[Callback] = [*extra.pop("callbacks", []), keeper]
         if progress:
@@ -361,12 +357,8 @@ def fit(
         module = _Module(backbone, adapter, kept or windows, options, rate, updates, loss).train()
         with without_noise("lightning"):
             trainer = _trainer(device, precision, options, callbacks, folder, extra)
-            batches = [to_device(batch, torch.device("cpu")) for batch in shown]
-            loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
             try:
-                _leave_sigterm(trainer)
-                with _interruptible():
-                    trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
+                _run(trainer, module, shown, start)
             finally:
                 if kept is not None:
                     kept.close()
@@ -375,12 +367,7 @@ def fit(
     types.restore_types()
     verdict = None if judge is None or before is None else judge.verdict(before, keeper.candidates)
     if keeper.weights:
-        weight = 1.0 if verdict is None or verdict.weight is None else verdict.weight
-        if items is not None and verdict is not None and keeper.start.keys() == keeper.weights.keys():
-            common = weight if verdict.helped or items.keep else 0.0
-            verdict = replace(verdict, items=items.decide(adapter, keeper.start, keeper.weights, between, common))
-            weight = weight if items.found is None else common
-        adapter.load_state_dict(keeper.weights if weight == 1.0 else mixed(keeper.start, keeper.weights, weight))
+        verdict = _load_best(adapter, keeper, verdict, items)
         adapter.finish()
     # The same function scores both, so that the scores differ by the weights alone.
     tuned = validate() if keeper.weights else math.inf
@@ -396,6 +383,50 @@ def fit(
         verdict=verdict,
         stopped=keeper.why,
     )
+
+
+def _expect(deadline: Deadline, a_pass: float, a_score: float, between: int, batch: float, by_item: float) -> None:
+    """Tell a deadline what to expect before the first epoch, by the cost of passes over the validation windows.
+
+    Parameters
+    ----------
+    deadline
+        To be told.
+    a_pass, a_score
+        Seconds of a validation, and of scoring by the judge.
+    between
+        Number of weights that are scored besides the end of an epoch.
+    batch
+        Windows of a training step, as a share of the validation windows.
+    by_item
+        Windows that items choose by, relative to those that the judge scores.
+    """
+    deadline.expect("batch", _STEP * a_pass * batch)
+    deadline.expect("epoch's end", a_pass + a_score * (1 + between))
+    later = deadline.cost("after") + deadline.cost("calibration")
+    deadline.expect("end", a_pass + later + (between + 3) * by_item * a_score)
+
+
+def _run(
+    trainer: pl.Trainer, module: pl.LightningModule, validation: Iterable[Mapping[str, Any]], start: Path | None
+) -> None:
+    batches = [to_device(batch, torch.device("cpu")) for batch in validation]
+    loader: Any = torch.utils.data.DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+    _leave_sigterm(trainer)
+    with _interruptible():
+        trainer.fit(module, val_dataloaders=loader, ckpt_path=start)
+
+
+def _load_best(adapter: Adapter, keeper: Keeper, verdict: Verdict | None, items: ItemJudge | None) -> Verdict | None:
+    """Load the best weights into the adapter, at the weight of the verdict; return it, with that on items if any."""
+    weight = 1.0 if verdict is None or verdict.weight is None else verdict.weight
+    if items is not None and verdict is not None and keeper.start.keys() == keeper.weights.keys():
+        common = weight if verdict.helped or items.keep else 0.0
+        found = items.decide(adapter, keeper.start, keeper.weights, keeper.between, common)
+        verdict = replace(verdict, items=found)
+        weight = weight if items.found is None else common
+    adapter.load_state_dict(keeper.weights if weight == 1.0 else mixed(keeper.start, keeper.weights, weight))
+    return verdict
 
 
 def _trainer(

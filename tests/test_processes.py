@@ -259,10 +259,10 @@ def test_a_verb_leaves_nothing_in_the_home_folder_nor_in_the_one_for_temporary_f
     )
     kept = {name: value for name, value in os.environ.items() if name not in ("MPLCONFIGDIR", "XDG_CACHE_HOME")}
     # Importing what trains is enough to fill the caches.
-    program = "from gluonts_peft import cli\n"
-    program += "real = cli._predictor\n"
-    program += "def _predictor(*given):\n    import gluonts_peft.training\n    return real(*given)\n"
-    program += "cli._predictor = _predictor; cli.main()"
+    program = "import importlib\nfrom gluonts_peft import cli\n"
+    program += "verb = importlib.import_module('gluonts_peft.cli.forecast')\nreal = verb.load_model\n"
+    program += "def load_model(*given):\n    import gluonts_peft.training\n    return real(*given)\n"
+    program += "verb.load_model = load_model; cli.main()"
     result = subprocess.run(
         [sys.executable, "-c", program, "forecast", "data.csv", "--item-id", "", "--horizon", "3", "--out", "f.csv"],
         cwd=tmp_path,
