@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,11 @@ def train_reconstruction(
     It stays for one release. Parameters and errors are those of :meth:`gluonts_peft.PeftEstimator.train` and of
     :class:`gluonts_peft.preparation.Reconstructing`.
     """
+    warnings.warn(
+        "train_reconstruction() will be removed; use PeftEstimator(..., task='reconstruct').train()",
+        DeprecationWarning,
+        stacklevel=2,
+    )
     own = copy.copy(estimator)
     own.task = Reconstructing(mask_ratio, held_out)
     try:
