@@ -38,7 +38,7 @@ def main() -> None:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vitals", help="hourly vitals, wide parquet")
-    parser.add_argument("--patients", help="table that says whose the stays are, as eICU's patient.csv.gz")
+    parser.add_argument("--patients", help="table that maps stays to patients, such as eICU's patient.csv.gz")
     parser.add_argument("--checkpoints", nargs="*", help="default: all that are bundled")
     parser.add_argument("--vital", nargs="*", default=["hr", "map"])
     parser.add_argument("--seeds", type=int, default=1)

@@ -148,7 +148,7 @@ def backtest(
         If an argument is out of range, the dataset is empty, no series is left to score, one cannot be scored and the
         policy is to raise, or the forecasts do not fit the windows in number, start, item or shape, or are not finite.
     EntryError
-        If it is no dataset, can be read only once, or an entry is wrong. It is a ValueError and a TypeError.
+        If it is not a dataset, can be read only once, or an entry is wrong. It is a ValueError and a TypeError.
 
     Notes
     -----

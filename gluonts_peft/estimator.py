@@ -328,7 +328,7 @@ class PeftEstimator(Estimator):  # type: ignore[misc]
         ------
         ValueError
             If the data, a checkpoint or an option cannot be used, or a series with ``unusable="raise"``; the message
-            says which and why. For wrong entries, and what is no dataset, it is an
+            says which and why. For wrong entries, and for anything that is not a dataset, it is an
             :class:`~gluonts_peft.series.entries.EntryError`.
         TuningDidNotHelp
             If ``gate="raise"`` and there is no evidence that tuning helped.

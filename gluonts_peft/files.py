@@ -2,7 +2,7 @@
 
 **Writing.** :func:`replacing` writes one file, :func:`delivering` a file or folder that is claimed from the start, so
 that of two processes with one target the second is refused before it computes anything. What a killed process leaves
-are hidden files and folders named ``.<target>.*partial``; whoever writes there next clears them.
+are hidden files and folders named ``.<target>.*partial``; the next writer clears them.
 
 **Reading.** :func:`load_json` and :func:`parse_yaml` read regular files up to a size and depth, and nothing but data.
 :func:`opened` undoes what :func:`record` does: JSON records of this project say in which format they are.
@@ -81,7 +81,7 @@ def record(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def opened(content: Any, known: Sequence[str] | None = None) -> Any:
-    """Return a record without the number of its format; what is no mapping comes back as it is.
+    """Return a record without the number of its format; anything that is not a mapping is returned unchanged.
 
     Parameters
     ----------

@@ -122,7 +122,7 @@ def impute(
     Raises
     ------
     EntryError
-        If `dataset` is no dataset, or an entry is wrong. It is a ValueError and a TypeError.
+        If `dataset` is not a dataset, or an entry is wrong. It is a ValueError and a TypeError.
     ValueError
         If the family does not reconstruct, an argument cannot be used, or a series is unusable or cannot be filled and
         the policy is to raise; the message names it.

@@ -215,7 +215,7 @@ def copied(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def mixed(start: Mapping[str, Tensor], end: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
-    """Return tensors on the line between two states; what is no number on a line is taken from the end."""
+    """Return tensors on the line between two states; tensors that cannot be interpolated are taken from the end."""
     return {
         name: torch.lerp(start[name].to(tensor.dtype), tensor, weight) if tensor.is_floating_point() else tensor
         for name, tensor in end.items()

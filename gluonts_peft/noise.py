@@ -67,7 +67,7 @@ _CHATTY = ("lightning.pytorch", "lightning.fabric", "lightning", "lightning_fabr
 
 @contextmanager
 def without_noise(library: str) -> Iterator[None]:
-    """Leave out the remarks of a library in :data:`NOISE` within the context, and of Lightning what is no warning."""
+    """Suppress the remarks of a library in :data:`NOISE` within the context, and Lightning's below a warning."""
     loggers = [logging.getLogger(name) for name in _CHATTY] if library == "lightning" else []
     levels = [logger.level for logger in loggers]
     for logger in loggers:

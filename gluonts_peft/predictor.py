@@ -162,8 +162,8 @@ class PeftPredictor(Predictor):  # type: ignore[misc]
         Raises
         ------
         EntryError
-            If `dataset` is no dataset, or an entry is wrong, see :mod:`gluonts_peft.series.entries`: raised by the call
-            for a list, else when the entry is reached, before its batch is forecast. A ValueError and a TypeError.
+            If `dataset` is not a dataset, or an entry is wrong, see :mod:`gluonts_peft.series.entries`: raised by the
+            call for a list, else when the entry is reached, before its batch is forecast. A ValueError and a TypeError.
         ValueError
             If a series is unusable, or its forecast is not finite; the message names it.
         """

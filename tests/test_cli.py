@@ -700,11 +700,11 @@ def test_options_without_use_are_refused(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     for command in (["forecast", data, "--out", out], ["backtest", data]):
         assert refused(*command, "--horizon", "3", "--num-samples", "5") == (
-            "--num-samples 5 has no use: the model forecasts quantiles; leave it out"
+            "--num-samples 5 has no effect: the model forecasts quantiles; leave it out"
         )
     command = ["detect", data, "--family", "moment", "--calibration", "0.5", "--out", tmp_path / "found"]
     assert refused(*command, "--horizon", "8") == (
-        "--horizon 8 has no use: method 'reconstruction' does not forecast; leave it out"
+        "--horizon 8 has no effect: method 'reconstruction' does not forecast; leave it out"
     )
 
 
@@ -913,7 +913,7 @@ def test_demo_on_real_data_is_a_study_that_can_be_used(trials: list[Any], tmp_pa
     assert "patients" not in base["data"]
     ok("demo", "--study", spec, "--data", "hourly.parquet", "--patients", "patient.csv.gz", "--out", tmp_path)
     assert load_study(*trials[2]).base["data"]["patients"] == "patient.csv.gz"
-    sentence = "--patients patient.csv.gz says whose the stays of --data are; name that too, or leave it out"
+    sentence = "--patients patient.csv.gz maps the stays of --data to patients; name that too, or leave it out"
     assert refused("demo", "--study", spec, "--patients", "patient.csv.gz") == sentence
 
 

@@ -239,7 +239,7 @@ def one_seed(seed: int, options: argparse.Namespace) -> tuple[dict[Any, Any], di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="hourly vital signs, a Parquet table")
-    parser.add_argument("--patients", type=Path, help="table that says whose the stays are, patient.csv.gz")
+    parser.add_argument("--patients", type=Path, help="table that maps stays to patients, e.g. patient.csv.gz")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="of the training")
     parser.add_argument("--remainder", type=int, default=20, help="steps after pruning")

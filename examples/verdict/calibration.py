@@ -104,7 +104,7 @@ def measure(checkpoint: str, parts: list[list[Any]], seed: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="hourly vital signs, a Parquet table")
-    parser.add_argument("--patients", type=Path, help="table that says whose the stays are, patient.csv.gz")
+    parser.add_argument("--patients", type=Path, help="table that maps stays to patients, e.g. patient.csv.gz")
     parser.add_argument("--checkpoints", nargs="+", choices=sorted(FAMILIES), default=list(FAMILIES)[:3])
     parser.add_argument("--vitals", nargs="+", default=["hr", "map"])
     parser.add_argument("--seed", type=int, default=0)

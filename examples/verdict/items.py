@@ -138,7 +138,7 @@ def columns(path: Path) -> Iterator[tuple[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="hourly vital signs, a Parquet table")
-    parser.add_argument("--patients", type=Path, help="table that says whose the stays are, patient.csv.gz")
+    parser.add_argument("--patients", type=Path, help="table that maps stays to patients, e.g. patient.csv.gz")
     parser.add_argument("--ett", type=Path, help="ETTh1.csv.gz")
     parser.add_argument("--horizon", type=int, default=6, help="hours to forecast of a stay")
     parser.add_argument("--out", type=Path, required=True, help="file for the table, in Markdown")

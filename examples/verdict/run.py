@@ -16,7 +16,7 @@ from rules import RULES, SIZES, choices_table, table
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="hourly vital signs, a Parquet table")
-    parser.add_argument("--patients", type=Path, help="table that says whose the stays are, patient.csv.gz")
+    parser.add_argument("--patients", type=Path, help="table that maps stays to patients, e.g. patient.csv.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for the scores and the table")
     parser.add_argument("--draws", type=int, default=6, help="draws of series for each model and number of series")
     options = parser.parse_args()

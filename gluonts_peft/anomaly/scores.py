@@ -144,7 +144,7 @@ def score(
     Raises
     ------
     EntryError
-        If it is no dataset, or an entry is wrong. It is a ValueError and a TypeError.
+        If it is not a dataset, or an entry is wrong. It is a ValueError and a TypeError.
     ValueError
         If the method or an option is unknown or the family cannot do it, an argument cannot be used, or a series is
         unusable; the message names it.

@@ -38,7 +38,7 @@ def new_folder(out: Path, resume: bool) -> Iterator[Path]:
 
     made = [place for place in (training, out, *out.parents) if not place.exists()]
     if not (training / LOCK).exists():
-        # Else whoever may be running there says more than what is there.
+        # Otherwise the lock of a running process gives the better message.
         check()
     with _undoing([training, *made]), locked(training, "fit", out):
         claimed = False

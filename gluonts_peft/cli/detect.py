@@ -89,7 +89,9 @@ def detect(
     truth = None if labels is None else columns.read(data, target=labels, ignore=True)
     if by_family and _reconstructs(family):
         if horizon is not None:
-            raise ValueError(f"--horizon {horizon} has no use: method 'reconstruction' does not forecast; leave it out")
+            raise ValueError(
+                f"--horizon {horizon} has no effect: method 'reconstruction' does not forecast; leave it out"
+            )
         horizon = 1
     predictor = load_model(model, family, checkpoint, horizon, context, device)
     for label in truth or ():

@@ -196,7 +196,7 @@ def _is_finished(
         record = opened(load_json(out / "predictor.json"))
         found = (record["family"], record["base"]["checkpoint"], record["prediction_length"], record["adapter"])
     except (OSError, ValueError, KeyError, TypeError):
-        # Whoever opens it says more.
+        # Opening it gives the better message.
         return False
     same = calibrate == ("calibration" in record)
     same = same and found[0] == family and checkpoint in (None, found[1]) and horizon in (None, found[2])

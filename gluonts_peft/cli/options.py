@@ -93,7 +93,7 @@ Season = Annotated[
 
 
 Unusable = Annotated[
-    str, typer.Option(help="Series of no use, as all missing or too short: raise, or skip (go on without them).")
+    str, typer.Option(help="Unusable series (all missing, too short): raise, or skip (go on without them).")
 ]
 
 
@@ -191,4 +191,4 @@ def check_samples(predictor: PeftPredictor, num_samples: int | None) -> None:
     backbone = predictor.backbone
     new_head = backbone.adapter is not None and backbone.adapter.head_levels is not None
     if num_samples is not None and (new_head or "samples" not in backbone.capabilities):
-        raise ValueError(f"--num-samples {num_samples} has no use: the model forecasts quantiles; leave it out")
+        raise ValueError(f"--num-samples {num_samples} has no effect: the model forecasts quantiles; leave it out")

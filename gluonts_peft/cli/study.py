@@ -85,7 +85,7 @@ def demo(
     if not spec.is_file():
         raise FileNotFoundError(f"--study {spec} does not exist; run in a checkout of the project, or name the file")
     if patients is not None and data is None:
-        raise ValueError(f"--patients {patients} says whose the stays of --data are; name that too, or leave it out")
+        raise ValueError(f"--patients {patients} maps the stays of --data to patients; name that too, or leave it out")
     real = {"data.source": "hourly", "data.path": str(data), "prediction_length": 12, "context_length": 72}
     if patients is not None:
         real["data.patients"] = str(patients)

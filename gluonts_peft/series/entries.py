@@ -6,7 +6,7 @@
 Lists are looked through before anything is computed; what is read lazily (files, generators, ``PandasDataset``) stays
 lazy, and each entry is checked before it is used. What is wrong raises :class:`EntryError`, whichever verb meets it.
 
-A series that is right but of no use to the verb, such as one without an observed value, is *unusable*:
+A valid series that the verb cannot use, such as one without an observed value, is *unusable*:
 ``unusable="raise"`` names all such series and what they lack, ``unusable="skip"`` leaves them out and warns with the
 same words. The default is to raise, in every verb: forecasts are paired with entries by position (GluonTS's own
 ``evaluate_model`` does it), so a series that is left out without having been asked for would shift all that follow. A
@@ -51,7 +51,7 @@ __all__ = [
 Entry = Mapping[str, Any]
 
 UNUSABLE = ("raise", "skip")
-"""What becomes of series that a verb has no use for."""
+"""What happens to series that a verb cannot use."""
 
 # Fields that are not values over time.
 _PLAIN = frozenset(("target", "start", "item_id", "info", "freq", "source", "forecast_start"))
@@ -75,7 +75,7 @@ class DroppedWarning(UserWarning):
 
 
 def check_unusable(unusable: str) -> str:
-    """Return the policy for series that a verb has no use for, or raise a ValueError if there is none of that name."""
+    """Return the policy for series that a verb cannot use, or raise a ValueError if there is none of that name."""
     if unusable not in UNUSABLE:
         raise ValueError(unknown("unusable", unusable, UNUSABLE))
     return unusable
@@ -122,7 +122,7 @@ def in_step(found: Iterable[tuple[Any, Any]], dataset: Iterable[Entry]) -> Itera
 
 
 class Unusable:
-    """Collects series that a verb has no use for, and says so once.
+    """Collects series that a verb cannot use, and reports them once.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ class Door:
         Raises
         ------
         EntryError
-            If it is no dataset, or an entry is wrong; the message names it.
+            If it is not a dataset, or an entry is wrong; the message names it.
         ValueError
             If a series is unusable and the policy is to raise.
         """
@@ -430,7 +430,7 @@ class _Pass:
                 rows = 1 if len(shape) == 1 else shape[0] if len(shape) == 2 else -1
                 if rows != width or shape[-1] < needed or not _real(entry[field]):
                     self._explain(entry, position)
-        # What GluonTS adds to entries of its own has no use here, and the names of features may be misspelt.
+        # Fields that GluonTS adds on its own are ignored here, and the names of features may be misspelt.
         extra = entry.keys() - _PLAIN - set(self.names)
         extra -= self.dropped
         if extra and self.door.family is not None:
@@ -475,7 +475,7 @@ class _Pass:
 
 
 def _require_dataset(dataset: Any) -> None:
-    """Refuse what is no dataset, whatever it is."""
+    """Refuse anything that is not a dataset."""
     kind = type(dataset).__name__
     if isinstance(dataset, Mapping):
         hint = "give [entry] if it is one entry" if "target" in dataset else "give PandasDataset(frames) if of frames"

@@ -235,7 +235,7 @@ def entries_of(
     if not len(frame):
         raise ValueError(f"path '{path}' holds no rows; give a table with at least one")
     if future is not None and not roles.known:
-        raise ValueError("future has no use without known: name the columns that are known in the future")
+        raise ValueError("future has no effect without known: name the columns that are known in the future")
     history = len(frame)
     if future is not None:
         # Rows of the future have no target.

@@ -1,4 +1,4 @@
-"""Checks of the contracts, to be run by whoever writes a model family or an adapter.
+"""Checks of the contracts, for authors of model families and adapters.
 
 A clause of a contract is one named function of a table, :data:`BACKBONE_CHECKS`, :data:`ADAPTER_CHECKS` or
 :data:`ESTIMATOR_CHECKS`; its docstring is the clause, its message says what to mend. In a test-suite each is one test::

@@ -206,7 +206,7 @@ def reading_gives_the_same_answers(case: AdapterCase) -> None:
 def reading_changes_nothing(case: AdapterCase) -> None:
     """Threads that read one model at once answer as one does alone; no tensor, module or mode of it changes."""
     backbone = case.cell.backbone
-    # Whoever has read before may have changed something already.
+    # Earlier readers may already have changed something.
     backbone.weights.forget()
     before = traits(backbone)
     with backbone.reading() as reader:

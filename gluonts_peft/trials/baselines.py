@@ -376,7 +376,7 @@ def _neuralforecast() -> Any:
 
 
 def _quietly() -> dict[str, Any]:
-    """Return arguments of neuralforecast's models, which seed everything and make a trainer, of no use here."""
+    """Return the arguments with which neuralforecast's models seed everything and make a trainer: unused here."""
     seed = torch.initial_seed() % 2**32
     return {"random_seed": seed, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
 

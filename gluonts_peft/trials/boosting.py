@@ -1,6 +1,6 @@
 """One LightGBM for all series: trees that forecast each quantile of each step from the window before it.
 
-Untuned, as whoever has no time for a pretrained model would take it. There is one model for each quantile level, with
+Untuned, as a practitioner without a pretrained model would use it. There is one model for each quantile level, with
 the objective ``quantile``, and one row for each step of a window: the number of the step is a feature (direct
 forecasts). Our choices:
 

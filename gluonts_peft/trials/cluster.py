@@ -92,7 +92,7 @@ def connected(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS")
     settings = {
         "RAY_USAGE_STATS_ENABLED": "0",
-        # Trials are known again by their results, but whoever opens the folder with Ray's own tools misses nothing.
+        # Trials are identified by their results; the rest is for those who open the folder with Ray's own tools.
         "TUNE_GLOBAL_CHECKPOINT_S": "0",
         "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",

@@ -334,7 +334,7 @@ def source_class(name: Any) -> type[DataSpec]:
             "no sources of data are registered: the installed metadata of gluonts-peft are older than its code; install"
             " it again"
         )
-    # What is no text is no name either, and perhaps not hashable.
+    # Only text can be a name; other values may not even be hashable.
     if not isinstance(name, str):
         raise ValueError(unknown(datasets.kind, name, datasets.names()))
     try:

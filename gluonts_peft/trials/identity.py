@@ -78,6 +78,6 @@ def _finished(path: Path) -> str | None:
             finished = result is not None and result.status == "finished"
             _seen[path] = (written, result.spec.hash() if finished and result is not None else None)
     except (OSError, SpecError):
-        # Whoever asks for that very trial learns what is wrong with it.
+        # Asking for that trial by name raises its error.
         return None
     return _seen[path][1]

@@ -97,7 +97,7 @@ class SchedulerSpec(StrictSpec):
         }.get(self.name, set())
         for name, value in self.model_dump(exclude={"name"}, exclude_none=True).items():
             if name not in own:
-                raise ValueError(f"{name} {value} has no use in scheduler {self.name!r}; drop it")
+                raise ValueError(f"{name} {value} has no effect with scheduler {self.name!r}; drop it")
         return self
 
     def options(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class SearchSpec(StrictSpec):
     """A search.
 
     Trials are chosen by backtests on the validation part of the data; on the test part they are scored once, at their
-    end, for the ranking alone. That is our choice: whoever chooses by test scores has none left.
+    end, for the ranking alone. That is our choice: a test score that was used to choose is no longer a test.
 
     Parameters
     ----------

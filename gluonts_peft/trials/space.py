@@ -70,7 +70,7 @@ class Space(StrictSpec):
             if name in needed and value is None:
                 raise ValueError(f"space {self.space!r} needs {name!r}")
             if name not in needed and value is not None:
-                raise ValueError(f"{name} {value!r} has no use in space {self.space!r}; drop it")
+                raise ValueError(f"{name} {value!r} has no effect in space {self.space!r}; drop it")
         if self.space == "choice":
             forms = [json.dumps(category, sort_keys=True) for category in self.categories or ()]
             if not forms:

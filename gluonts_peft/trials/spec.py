@@ -300,7 +300,7 @@ class TrialResult(StrictSpec):
     @model_validator(mode="before")
     @classmethod
     def _without_format(cls, values: Any) -> Any:
-        # As it is on disk, for whoever reads the file by herself.
+        # As stored on disk, for callers who read the file themselves.
         return opened(values)
 
     def unit(self, name: str = "") -> str:
@@ -354,7 +354,7 @@ def merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]
             place = place.setdefault(name, {})
             if not isinstance(place, dict):
                 raise SpecError(
-                    "trial", [f"{path!r} leads into {'.'.join(parents[: depth + 1])!r}, which is no mapping"]
+                    "trial", [f"{path!r} leads into {'.'.join(parents[: depth + 1])!r}, which is not a mapping"]
                 )
         place[last] = copy.deepcopy(values[path])
     return form

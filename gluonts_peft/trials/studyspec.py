@@ -52,7 +52,7 @@ class StudySpec(StrictSpec):
     @model_validator(mode="before")
     @classmethod
     def _without_format(cls, values: Any) -> Any:
-        # As it is on disk, for whoever reads the file by herself.
+        # As stored on disk, for callers who read the file themselves.
         return opened(values)
 
     @field_validator("baselines")
@@ -87,7 +87,7 @@ class StudySpec(StrictSpec):
         for baseline in self.baselines:
             name, options = parts_of(baseline)
             for form in self.forms():
-                # What is no mapping is a fault of the trials themselves.
+                # A value that is not a mapping is reported by the trials themselves.
                 training = form["training"] if isinstance(form.get("training"), dict) else {}
                 kept = {key: training[key] for key in SHARED_TRAINING if key in training}
                 yield {
@@ -108,7 +108,7 @@ class StudySpec(StrictSpec):
             form = merged(self.base, dict(zip(self.grid, values, strict=True)))
             data = form.get("data")
             folds = data.get("folds") if isinstance(data, dict) and data.get("fold") is None else None
-            # What is no number of folds is a fault of the trial.
+            # An invalid number of folds is reported by the trial.
             if isinstance(folds, bool) or not isinstance(folds, int) or not 2 <= folds <= MOST_FOLDS:
                 yield form
                 continue

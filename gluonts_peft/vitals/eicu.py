@@ -78,8 +78,8 @@ def load_eicu(
     Raises
     ------
     ValueError
-        If a table or column is missing, a cell is no number, a file is cut off, a stay occurs twice or has no patient,
-        an option is unknown, or no stay is left.
+        If a table or column is missing, a cell is not a number, a file is cut off, a stay occurs twice or has no
+        patient, an option is unknown, or no stay is left.
     """
     for vital in vitals:
         if vital not in _PERIODIC:

@@ -52,7 +52,7 @@ def load_hourly(
     path
         Parquet file with the columns ``stay_id``, ``hour`` (whole hours since admission) and the vital signs, as made
         from the eICU-CRD demo (Pollard et al. 2018, doi 10.1038/sdata.2018.178). Rows before admission are left out. A
-        column ``patient``, if there is one, says whose the stays are.
+        column ``patient``, if there is one, maps stays to patients.
     vitals
         Columns to read, each one of `PLAUSIBLE`.
     min_hours
@@ -60,7 +60,7 @@ def load_hourly(
     plausible
         Whether values outside `PLAUSIBLE` become missing.
     patients
-        Table that says whose the stays are, in place of a column ``patient``: ``.csv``, ``.csv.gz`` or ``.parquet``
+        Table that maps stays to patients, in place of a column ``patient``: ``.csv``, ``.csv.gz`` or ``.parquet``
         with the columns ``patientunitstayid`` and ``uniquepid``, as eICU-CRD's ``patient`` has, or ``stay_id`` and
         ``patient``, in any case. Without either, nobody knows which stays are of one patient.
 
@@ -177,7 +177,7 @@ def _read(path: Path, vitals: Sequence[str], patients: Any) -> tuple[Any, Any, A
 def _patients(path: Path, stays: Any) -> dict[int, str]:
     """Return stay -> patient by a table."""
     if not path.is_file():
-        raise ValueError(f"patients '{path}' does not exist; give the table that says whose the stays are")
+        raise ValueError(f"patients '{path}' does not exist; give the table that maps stays to patients")
     known = (*_STAY, *_PATIENT)
     if path.name.lower().endswith(".parquet"):
         frame = pd.read_parquet(path)

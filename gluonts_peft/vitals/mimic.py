@@ -79,8 +79,8 @@ def load_mimic(
     Raises
     ------
     ValueError
-        If a table or column is missing, a cell is no number or time, a file is cut off, a stay occurs twice or has no
-        patient or admission, an option is unknown, or no stay is left.
+        If a table or column is missing, a cell is not a number or time, a file is cut off, a stay occurs twice or
+        has no patient or admission, an option is unknown, or no stay is left.
     """
     known_vitals = [channel for channel in ITEMS if not channel.endswith(" cuff")]
     for vital in vitals:

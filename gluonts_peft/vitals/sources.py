@@ -72,9 +72,9 @@ class Simulated(VitalSigns):
         if isinstance(value, str) and value.isdecimal():
             value = int(value)
         if isinstance(value, str):
-            raise ValueError(f"{value!r} is no number of patients; give one, or name source 'hourly' for a table")
+            raise ValueError(f"{value!r} is not a number of patients; give one, or name source 'hourly' for a table")
         if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer() or value < 1:
-            raise ValueError(f"{value!r} is no number of patients; give a whole number from 1")
+            raise ValueError(f"{value!r} is not a number of patients; give a whole number from 1")
         return int(value)
 
     def load(self) -> list[DataEntry]:

@@ -245,7 +245,7 @@ def cut_windows(
     for number, first in enumerate(range(0, len(stay) - length + 1, steps[2])):
         end = first + length
         values = {vital: column[first:end].copy() for vital, column in stay.values.items()}
-        # A window without any value is of no use, whatever the share.
+        # A window without any value is dropped, whatever the share.
         kept = {
             vital: column
             for vital, column in values.items()

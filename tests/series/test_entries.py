@@ -1,4 +1,4 @@
-"""One check of entries at the door of every verb, one policy for series of no use."""
+"""One check of entries at the door of every verb, one policy for unusable series."""
 
 from __future__ import annotations
 

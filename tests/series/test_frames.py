@@ -133,7 +133,7 @@ def test_a_future_that_does_not_go_on_is_refused(change: Any, words: str) -> Non
         ),
         (lambda frame: frame, {"known": "promo"}, r"known 'promo' is text; give a list of columns: \['promo'\]"),
         (lambda frame: frame, {"known": ["sold"]}, "one column of 'data frame' is asked for twice"),
-        (lambda frame: frame, {"future": frame_of(1)}, "future has no use without known"),
+        (lambda frame: frame, {"future": frame_of(1)}, "future has no effect without known"),
         (lambda frame: pd.concat([frame, frame[["sold"]]], axis=1), {}, "column 'sold' more than once"),
         (lambda frame: pd.concat([frame, frame.iloc[:1]]), {}, "2 times in 'data frame'"),
         (lambda frame: frame.assign(sold="many"), {}, "'many', which is not a number"),

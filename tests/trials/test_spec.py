@@ -63,10 +63,10 @@ def exactly(message: str) -> str:
         ({"data": {"source": "hourly"}}, "data: source 'hourly' needs a path; name the file as data.path"),
         ({"data": {"source": "file", "path": "x", "patients": 5}},
          "data: patients 5 belongs to source 'hourly' or 'simulated', not to 'file'; drop it, or name that source"),
-        ({"data": {"patients": 0}}, "data.patients: 0 is no number of patients; give a whole number from 1"),
-        ({"data": {"patients": True}}, "data.patients: True is no number of patients; give a whole number from 1"),
+        ({"data": {"patients": 0}}, "data.patients: 0 is not a number of patients; give a whole number from 1"),
+        ({"data": {"patients": True}}, "data.patients: True is not a number of patients; give a whole number from 1"),
         ({"data": {"patients": "x.csv"}},
-         "data.patients: 'x.csv' is no number of patients; give one, or name source 'hourly' for a table"),
+         "data.patients: 'x.csv' is not a number of patients; give one, or name source 'hourly' for a table"),
         ({"data": {"source": "hourly", "path": "x", "patients": 5}},
          "data.patients: 5 is no path of a table that maps stays to patients; give one, or name source 'simulated' for"
          " a number of them"),
@@ -286,7 +286,7 @@ def test_an_option_of_an_adapter_can_be_varied() -> None:
         ({"adapter": ["lorra", "lora"]}, f"adapter 'lorra' is unknown; did you mean 'lora'? known: {ADAPTERS}"),
         ({"sed": 1}, f"option 'sed' is unknown; did you mean 'seed'? known: {TRIAL_FIELDS}"),
         ({"seed": []}, "grid path 'seed' has no values; name at least one"),
-        ({"checkpoint.x": 1}, "'checkpoint.x' leads into 'checkpoint', which is no mapping"),
+        ({"checkpoint.x": 1}, "'checkpoint.x' leads into 'checkpoint', which is not a mapping"),
         (
             {"baselines": ["naive"]},
             f"baselines: baseline 'naive' is unknown; known: {BASELINES}",

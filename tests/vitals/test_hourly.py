@@ -233,7 +233,7 @@ def test_a_table_of_patients_that_cannot_be_used_is_refused(tmp_path):
         with fails(message):
             load_hourly(path, min_hours=1, patients=table)
     for name, message in [
-        ("gone.csv", "does not exist; give the table that says whose the stays are"),
+        ("gone.csv", "does not exist; give the table that maps stays to patients"),
         ("hourly.txt", "has an unknown ending; known: .csv, .csv.gz, .parquet"),
     ]:
         (tmp_path / "hourly.txt").touch()

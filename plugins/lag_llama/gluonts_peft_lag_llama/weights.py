@@ -40,7 +40,7 @@ class _NegativeLogLikelihood:
     """Stands for gluonts's loss, which gluonts itself no longer has."""
 
     def __setstate__(self, state: Any) -> None:
-        """Its state is of no use here."""
+        """Its state is which are not needed here."""
 
 
 _FOREIGN = {

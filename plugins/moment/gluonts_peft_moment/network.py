@@ -7,7 +7,7 @@ a linear head turns each patch's features back into its steps, another one all f
     hidden patches: e_i = m + p_i,    forecast = std (F [f_1 ... f_n] + b) + mean
 
 Names of tensors and keys of ``config.json`` are those of the official folders ``AutonLab/MOMENT-1-{small,base,large}``.
-The token table of T5 and the sinusoidal positions are in these folders too: the first has no use, the second follows
+The token table of T5 and the sinusoidal positions are in these folders too: the first is not used, the second follows
 from the sizes. Neither is kept here.
 """
 
@@ -192,7 +192,7 @@ class MomentNetwork(nn.Module):
         self.config: dict[str, Any] = copy.deepcopy(dict(config))
         _check(self.config)
         t5 = T5Config.from_dict(
-            # The table of tokens has no use here: one row is the least that T5 makes.
+            # The token table is not used here: one row is the least that T5 makes.
             {
                 **self.config["t5_config"],
                 "vocab_size": 1,
