@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/gluonts-peft demo --out $(OUT) --jobs $(JOBS) $(if $(DATA),--data $(DATA)) $(if $(PATIENTS),--patients $(PATIENTS))
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 -q
 
 check: install
 	$(BIN)/ruff check .
@@ -37,7 +37,7 @@ fix: install
 	$(BIN)/ruff format .
 
 quick: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -q --ignore tests/test_matrix.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q --ignore tests/test_matrix.py
 
 slow: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -q

@@ -37,16 +37,24 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests for the workers by file, those of the matrix by adapter and checkpoint too, and order the groups."""
     for item in items:
-        path = item.location[0].replace("\\", "/")
-        cell = item.name.partition("[")[2].rpartition("-")[0] if path == "tests/test_matrix.py" else ""
-        item.add_marker(pytest.mark.xdist_group(f"{path} {cell}".strip()))
-        if path.startswith(SWEEPS):
+        if item.location[0].startswith(SWEEPS):
             item.add_marker(pytest.mark.no_cover)
     items.sort(key=lambda item: LONGEST.index(item.location[0]) if item.location[0] in LONGEST else len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand tests to the workers file by file, those of the matrix by adapter and checkpoint, in the order of above."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileOrCell(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, name = nodeid.partition("::")
+            return f"{file} {name.rpartition('-')[0]}" if file == "tests/test_matrix.py" else file
+
+    return ByFileOrCell(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
