@@ -162,7 +162,7 @@ def test_periods_begin_with_the_clock_of_the_first_stamp_and_have_an_absolute_le
 
 def test_the_number_of_filled_time_stamps_is_logged(tmp_path, caplog):
     path = write(tmp_path, rows("a", ["2024-01-01", "2024-01-02", "2024-01-06"]))
-    with caplog.at_level(logging.INFO, logger="gluonts_peft.series.table"):
+    with caplog.at_level(logging.INFO, logger="gluonts_peft.series.frames"):
         read_dataset(path)
     assert caplog.messages == [f"'{path}': 3 missing time stamps filled with NaN at freq D"]
 
