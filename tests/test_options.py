@@ -90,6 +90,7 @@ ELSEWHERE = {
     "interpolate": "test_verdict.py",
     "calibrate": "test_calibration.py",
     "verdict_unit": "test_the_unit_of_a_verdict",
+    "task": "test_imputation.py",
 }
 
 
