@@ -6,8 +6,9 @@ honest answer whether tuning beat zero-shot. Names are loaded on first use, so i
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .moved import loaded_on_use
 
 if TYPE_CHECKING:
     from .adapters.base import Adapter
@@ -73,12 +74,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
+__getattr__ = loaded_on_use(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

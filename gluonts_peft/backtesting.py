@@ -39,7 +39,8 @@ from gluonts.itertools import batcher
 from gluonts.model.forecast import Forecast, SampleForecast
 from gluonts.model.predictor import Predictor, RepresentablePredictor
 
-from .columns import QUANTILE_LEVELS, score_columns
+from .columns import score_columns
+from .scores import LEVELS as QUANTILE_LEVELS
 from .series.calendar import calendar_of, first_stamp
 from .series.dated import dated
 from .series.entries import Door, EntryError, Unusable, as_array, called

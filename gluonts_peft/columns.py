@@ -14,10 +14,9 @@ from functools import cache
 from typing import Any
 
 from .registry import metrics
+from .scores import LEVELS
 
-__all__ = ["QUANTILE_LEVELS", "Column", "score_columns"]
-
-QUANTILE_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+__all__ = ["Column", "score_columns"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,9 @@ class Column:
     metric
         Returns its definition in the sense of :mod:`gluonts.ev`, as ``MAE("0.5")`` is one. Called where it is needed.
     header
-        Heading in reports; the name by default. None leaves it out of tables.
+        Heading in reports; the name by default.
+    shown
+        Whether tables and reports have it.
     scale
         Reports show the value times this: 100 for a share in per cent.
     fev
@@ -43,13 +44,10 @@ class Column:
     name: str
     score: str
     metric: Callable[[], Any]
-    header: str | None = ""
+    header: str | None = None
+    shown: bool = True
     scale: float = 1.0
     fev: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.header == "":
-            object.__setattr__(self, "header", self.name)
 
 
 def _gluonts(name: str, *arguments: Any) -> Callable[[], Any]:
@@ -64,13 +62,13 @@ _OWN = (
     Column("MSE", "MSE[0.5]", _gluonts("MSE", "0.5"), fev="MSE"),
     Column("MAE", "MAE[0.5]", _gluonts("MAE", "0.5"), fev="MAE"),
     Column("MAPE", "MAPE[0.5]", _gluonts("MAPE", "0.5"), header="MAPE %", scale=100.0, fev="MAPE"),
-    Column("MASE", "MASE[0.5]", _gluonts("MASE", "0.5"), header=None, fev="MASE"),
+    Column("MASE", "MASE[0.5]", _gluonts("MASE", "0.5"), shown=False, fev="MASE"),
     Column("DTW", "DTW[0.5]", _ours("DTW"), header="DTW distance"),
     Column("DTW path error", "DTWPathError[0.5]", _ours("DTWPathError")),
     Column(
         "quantile loss",
         "mean_weighted_sum_quantile_loss",
-        _gluonts("MeanWeightedSumQuantileLoss", QUANTILE_LEVELS),
+        _gluonts("MeanWeightedSumQuantileLoss", LEVELS),
         fev="WQL",
     ),
 )

@@ -31,6 +31,7 @@ from .adapters.selective import head as own_head
 from .backbone import NEW_HEAD, Trajectories
 from .errors import unknown
 from .features import FeatureCache, shape_of_features
+from .scores import LEVELS
 from .units import to_units
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "OUTPUTS", "FeatureCache", "Head", "NewHead", "forecast_error", "head", "standardise"]
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 OUTPUTS: dict[str, tuple[float, ...]] = {"point": (0.5,), "quantile": LEVELS}
 
 

@@ -37,9 +37,10 @@ from .predictor_folder import (
     load_base,
     read_predictor,
 )
+from .scores import LEVELS
 from .series.batches import context_batches
 from .series.entries import Door, nothing_seen
-from .series.frames import LEVELS, from_dataframe, to_dataframe
+from .series.frames import from_dataframe, to_dataframe
 from .training import Fit, Gate, resolve_device, to_device
 from .units import refuse_nonfinite
 from .verdict import Verdict

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..moved import loaded_on_use
 
 if TYPE_CHECKING:
     from .frames import from_dataframe, to_dataframe
@@ -11,11 +12,17 @@ if TYPE_CHECKING:
 
 __all__ = ["from_dataframe", "read_dataset", "split_by_item", "to_dataframe", "write_forecasts"]
 
-_HOME = {"from_dataframe": "frames", "to_dataframe": "frames"}
+_HOME = {
+    "from_dataframe": "frames",
+    "read_dataset": "table",
+    "split_by_item": "table",
+    "to_dataframe": "frames",
+    "write_forecasts": "table",
+}
+
+# The command line's help needs none of them.
+__getattr__ = loaded_on_use(__name__, _HOME)
 
 
-def __getattr__(name: str) -> Any:
-    # Imported when they are asked for: the command line's help needs none of them.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME.get(name, 'table')}", __name__), name)
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ..scores import LEVELS
 from .calendar import with_calendar
 from .folders import DataEntry
 from .grid import lay
@@ -22,11 +23,10 @@ from .parsing import RowNames, check_duplicates, item_ids, parse_stamps, parse_v
 from .rows import narrowest
 from .writing import forecast_columns
 
-__all__ = ["LEVELS", "Roles", "entries_of", "from_dataframe", "is_dataframe", "to_dataframe"]
+__all__ = ["Roles", "entries_of", "from_dataframe", "is_dataframe", "to_dataframe"]
 
 _log = logging.getLogger(__name__)
 
-LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _FRAME, _FUTURE = Path("data frame"), Path("future")
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ..files import replacing
+from ..scores import LEVELS
 from .calendar import Stamps, calendar_of, stamp_table
 
 __all__ = ["TABLES", "Names", "forecast_columns", "writable", "write_columns", "write_forecasts", "write_table"]
@@ -33,7 +34,7 @@ _ROWS, _FORECASTS = 1 << 15, 1024
 def write_forecasts(
     forecasts: Iterable[Any],
     path: str | os.PathLike[str],
-    quantiles: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    quantiles: Sequence[float] = LEVELS,
     *,
     overwrite: bool = False,
     columns: Sequence[str] = ("item_id", "timestamp"),

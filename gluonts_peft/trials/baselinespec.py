@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any
 
 from ..errors import unknown
 from .strict import with_options
@@ -25,16 +25,11 @@ __all__ = [
 
 BASELINE = "baseline"
 
-Naive = Literal["seasonal_naive", "last_value"]
-Statistical = Literal["auto_ets", "auto_theta"]
-Boosted = Literal["lightgbm"]
-Trained = Literal["deepar", "patch_tst", "simple_feedforward", "tft", "nbeats", "nhits"]
-
 #: Baselines that repeat values, that are fitted to the history of each window, trees, and networks from scratch.
-NAIVE: tuple[str, ...] = get_args(Naive)
-STATISTICAL: tuple[str, ...] = get_args(Statistical)
-BOOSTED: tuple[str, ...] = get_args(Boosted)
-TRAINED: tuple[str, ...] = get_args(Trained)
+NAIVE = ("seasonal_naive", "last_value")
+STATISTICAL = ("auto_ets", "auto_theta")
+BOOSTED = ("lightgbm",)
+TRAINED = ("deepar", "patch_tst", "simple_feedforward", "tft", "nbeats", "nhits")
 _BASELINES = NAIVE + STATISTICAL + BOOSTED + TRAINED
 
 #: What a baseline needs beside this package, all of it in the extra ``baselines``.

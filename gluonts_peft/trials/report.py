@@ -174,7 +174,7 @@ class _View:
     """The rows of one kind of data as text."""
 
     COLUMNS = (*METRICS, COVERAGE, "seconds", "peak memory MB")
-    ERRORS = (*(column.header for column in score_columns() if column.header is not None), "within 80 %")
+    ERRORS = (*(column.header or column.name for column in score_columns() if column.shown), "within 80 %")
     HEADERS = ("method", "verdict", f"{JUDGE} change", INTERVAL, *ERRORS, "parameters", "s", "MB", "handed over")
 
     def __init__(self, frame: pd.DataFrame) -> None:

@@ -26,7 +26,7 @@ from .strict import SpecError
 __all__ = ["COVERAGE", "JUDGE", "KINDS", "METRICS", "Row", "load_results", "rows_of", "table"]
 
 #: Columns of the table and the scores of :func:`gluonts_peft.backtest` behind them; lower is better in all of them.
-METRICS = {column.name: column.score for column in score_columns() if column.header is not None}
+METRICS = {column.name: column.score for column in score_columns() if column.shown}
 COVERAGE = "coverage 80 %"
 #: What verdicts are about.
 JUDGE = "MAE"
