@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from recorded import record
 from rich.console import Console
 from rich.table import Table
 from transformers import T5Config, T5ForConditionalGeneration
@@ -121,7 +120,7 @@ def step_of(spec: Any, batch: dict[str, torch.Tensor]) -> tuple[Callable[[], Non
     return step, adapter.num_parameters()
 
 
-def steps(rounds: int = 15) -> None:
+def steps(rounds: int = 15) -> dict[str, float]:
     """Training step of each adapter relative to full tuning."""
     batch = windows(16, 72, 36)
     names = [name for name in list_adapters() if name != "none"]
@@ -138,10 +137,10 @@ def steps(rounds: int = 15) -> None:
     console.print(table)
     slow = [name for name in names if seconds[name] > seconds["full"]]
     console.print(f"slower than full tuning: {', '.join(slow) or 'none'}\n")
-    record("steps", {name: seconds[name] / seconds["full"] for name in names}, console)
+    return {name: seconds[name] / seconds["full"] for name in names}
 
 
-def forecasts(rounds: int = 3) -> None:
+def forecasts(rounds: int = 3) -> dict[str, float]:
     """Forecasts with adapter `none` and a folded LoRA relative to the official pipelines."""
     from chronos import BaseChronosPipeline, ChronosPipeline
     from chronos.chronos import ChronosConfig, ChronosModel
@@ -181,10 +180,10 @@ def forecasts(rounds: int = 3) -> None:
         found |= {f"{label}, {name}": ratio for name, ratio in ratios.items()}
         table.add_row(label, f"{1000 * seconds['official']:.0f}", *(f"{ratio:.2f}" for ratio in ratios.values()))
     console.print(table)
-    record("forecasts", found, console)
+    return found
 
 
-def sampling() -> None:
+def sampling() -> dict[str, float]:
     """Windows a second, and pairs of series a second against dtaidistance's compiled code."""
     from dtaidistance import dtw
 
@@ -206,15 +205,18 @@ def sampling() -> None:
         f"DTW: {2000 / seconds['ours']:,.0f} pairs a second (36 steps), {seconds['dtaidistance'] / seconds['ours']:.1f}"
         " times as fast as dtaidistance's compiled code called a pair at a time"
     )
-    record("sampling", {"DTW, times as fast": seconds["dtaidistance"] / seconds["ours"]}, console)
+    return {"DTW, times as fast": seconds["dtaidistance"] / seconds["ours"]}
 
 
 def main() -> None:
     """Run the parts that are named, or all."""
+    # The folder of a script is on the path, that of a module which is only read is not.
+    from recorded import record
+
     warnings.simplefilter("ignore")
     parts = {"steps": steps, "forecasts": forecasts, "sampling": sampling}
     for name in sys.argv[1:] or parts:
-        parts[name]()
+        record(name, parts[name](), console)
         gc.collect()
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from recorded import record
 from rich.console import Console
 from rich.table import Table
 
@@ -88,6 +87,8 @@ def fastest(run: Callable[[], None], rounds: int = 3) -> float:
 
 def main() -> None:
     """Measure and print."""
+    from recorded import record
+
     table = Table(title="training step, MOMENT-small with random weights, batch 32, horizon 96", title_justify="left")
     for column in ("head", "parameters", "ms through the backbone", "ms on kept features", "times as fast"):
         table.add_column(column, justify="left" if column == "head" else "right")

@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from recorded import record
 from rich.console import Console
 
 SEARCH = {
@@ -57,6 +56,8 @@ def run(spec: Path, out: Path, *options: str) -> float:
 
 def main() -> None:
     """Print the ratio."""
+    from recorded import record
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=500, help="steps of an epoch; a trial has 4")
